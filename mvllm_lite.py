@@ -9166,6 +9166,7 @@ SLOW_SAMPLES = 3  # of its pace, before it is compared with its peers
 USUAL_SAMPLES = 200  # before it is compared with itself
 SAME_KV_RATIO = 1.25  # by which the KV caches of one kind of server may differ
 FULL_KV_RATIO = 0.95  # of the KV cache in use, with requests that wait for room in it
+FULL_QUEUE = 10  # requests that wait there, and no fewer than run: each waits for a whole answer
 FAILING_COUNT = 3  # attempts that failed in the last minute,
 FAILING_RATIO = 0.1  # and their share
 TOLD_AFTER_S = 2.5  # of a trouble, it is logged,
@@ -9276,12 +9277,16 @@ def slowness(view: ServerView, views: Sequence[ServerView]) -> Iterator[Trouble]
 
 
 def fullness(view: ServerView, now: float, interval_s: float) -> Iterator[Trouble]:
-    """Whether requests wait there for room in its KV cache."""
-    load = view.load
-    if (view.reports(now, interval_s) and load.queued and not load.asleep
-            and (load.kv_usage_ratio or 0) >= FULL_KV_RATIO):
-        text = f"KV cache {load.kv_usage_ratio:.0%} full, {load.queued} wait for room"
+    """Whether requests wait there for room in its KV cache, or more of them than it runs."""
+    load, queued = view.load, view.load.queued
+    if not (view.reports(now, interval_s) and queued and not load.asleep):
+        return
+    if (load.kv_usage_ratio or 0) >= FULL_KV_RATIO:
+        text = f"KV cache {load.kv_usage_ratio:.0%} full, {queued} wait for room"
         yield Trouble("warn", "KV full", text, "lower max_concurrent_requests or add servers")
+    elif queued >= max(FULL_QUEUE, load.running or 0):
+        text = f"{queued} requests wait there, {load.running or 0} run"
+        yield Trouble("warn", "full", text, "add servers, or set queue_size to refuse sooner")
 
 
 def failures(view: ServerView, failed: int, answered: int, last: str) -> Iterator[Trouble]:
@@ -22653,8 +22658,8 @@ def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
     """The columns that fit; those that can use more cells get the rest of the room."""
     if not servers or left < 5:
         return []
-    wants = {column: max(cells(column.text(server, look)) for server in servers)
-             for column in COLUMNS}
+    wants = {column: max([len(column.head), *(cells(column.text(server, look))
+                                              for server in servers)]) for column in COLUMNS}
     widths: dict[Column, int] = {}
     for column in sorted(COLUMNS, key=lambda column: column.rank):
         width = column.least if column.most else max(column.least, wants[column])
