@@ -17653,21 +17653,25 @@ async def list_loads(core: Core, asked: Asked) -> dict[str, Any]:
                         for row in worker_rows(core) if "load" in row]}
 
 
-WORKERS: dict[str, tuple[Kind, dict[str, Operate]]] = {
-    "/workers": (Kind.ADMIN, {"GET": list_workers, "POST": add_worker}),
-    "/workers/register": (Kind.REGISTRATION, {"POST": register}),
-    "/workers/{id}": (Kind.REGISTRATION, {
-        "GET": show_worker, "DELETE": unregister, "POST": heartbeat}),
-    "/add_worker": (Kind.ADMIN, {"POST": add_worker}),
-    "/remove_worker": (Kind.ADMIN, {"POST": on_server(remove_server)}),
-    "/list_workers": (Kind.ADMIN, {"GET": list_urls}),
-    "/get_loads": (Kind.ADMIN, {"GET": list_loads}),
-}
-ENDPOINTS |= {
-    path: {method: Endpoint(kind, functools.partial(run_operation, operate), True,
-                            operate.__doc__ or "remove the server with ?url= by hand")
-           for method, operate in rows.items()} for path, (kind, rows) in WORKERS.items()
-}
+def operated(
+    kind: Kind, paths: Mapping[str, Mapping[str, Operate]]
+) -> dict[str, dict[str, Endpoint]]:
+    """Endpoints that carry out operations, by path and method."""
+    return {path: {method: Endpoint(
+        kind, functools.partial(run_operation, operate), True,
+        " ".join((operate.__doc__ or "remove the server with ?url= by hand").partition(
+            ".  Raises")[0].split()))
+        for method, operate in rows.items()} for path, rows in paths.items()}
+
+
+ENDPOINTS |= operated(Kind.ADMIN, {
+    "/workers": {"GET": list_workers, "POST": add_worker},
+    "/add_worker": {"POST": add_worker}, "/remove_worker": {"POST": on_server(remove_server)},
+    "/list_workers": {"GET": list_urls}, "/get_loads": {"GET": list_loads},
+}) | operated(Kind.REGISTRATION, {
+    "/workers/register": {"POST": register},
+    "/workers/{id}": {"GET": show_worker, "DELETE": unregister, "POST": heartbeat},
+})
 
 
 # ══════════
@@ -17975,9 +17979,6 @@ def handle_in(said: bytes) -> bytes:
     begin, end = member_spans(said, RESERVED_MEMBERS).get("kv_transfer_params", (0, 0))
     handle = said[begin:end].strip()
     return b"" if handle == b"null" else handle
-
-
-# The parts of a prefill server's answer that belong in the decode server's.
 
 
 class Merger:
@@ -21885,24 +21886,14 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 # The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
 
 
-POOL_PATHS: dict[str, dict[str, Operate]] = {
+ENDPOINTS |= operated(Kind.ADMIN, {
     "/admin/models": {"GET": list_models},
     "/admin/models/register": {"POST": register_model},
     "/admin/models/{alias}": {"DELETE": forget_model, "POST": operate_model},
     "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
     "/unload": {"POST": unload_models},
-}
+})
 
-
-def operated(paths: Mapping[str, Mapping[str, Operate]]) -> dict[str, dict[str, Endpoint]]:
-    """Endpoints that carry out operations for admins, by path and method."""
-    return {path: {method: Endpoint(
-        Kind.ADMIN, functools.partial(run_operation, operate), True,
-        " ".join((operate.__doc__ or "").partition(".  Raises")[0].split()))
-        for method, operate in rows.items()} for path, rows in paths.items()}
-
-
-ENDPOINTS |= operated(POOL_PATHS)
 ENDPOINTS["/running"] = {"GET": Endpoint(
     Kind.STATUS, functools.partial(run_operation, running_report), False,
     running_report.__doc__ or "")}
@@ -22049,7 +22040,7 @@ async def operate_instance(core: Core, asked: Asked) -> dict[str, Any]:
             "level_name": names[level]}
 
 
-ENDPOINTS |= operated({
+ENDPOINTS |= operated(Kind.ADMIN, {
     "/info": {"GET": agent_report}, "/instances": {"GET": agent_report},
     "/instances/start": {"POST": start_instance},
     "/instances/{alias}": {"GET": show_instance, "POST": operate_instance},
