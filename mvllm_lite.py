@@ -2468,10 +2468,11 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
     row = rows[line - 1].partition("#")[0].strip() if 0 < line <= len(rows) else ""
     key, equals, value = (part.strip() for part in row.partition("="))
     what, end = ("list", "]") if "array" in said else ("table", "}")
+    quoted = re.search(r"""(?:([\w."'-]+) *= *)?("[^"]*|'[^']*)$""", row)
     for amiss, text in (
         (re.match("Cannot|Duplicate", said), twice(said, rows[: max(line, 0)])),
-        (value[:1] in ("'", '"') and re.match("Illegal|Unterminated", said),
-         f"the quote of {key} is not closed"),
+        (quoted and re.match(r"Illegal character '\\n'|Unterminated", said), "the quote of"
+         f" {quoted[1]} is not closed" if quoted and quoted[1] else "a quote is not closed"),
         (re.match("Unescaped|Invalid hex", said),
          rf"\ in double quotes is said \\, or the text stands in single quotes: {key} = '…'"),
         (NO_VALUE.match(said) and equals, f"{key} has no value" if not value else
@@ -9823,6 +9824,12 @@ def error_text(error: OSError) -> str:
     return (os.strerror(number) if number > 0 else error.strerror or str(error)).lower()
 
 
+def certificate_trouble(error: OSError) -> str:
+    """What is wrong with the files of a certificate that TLS has refused."""
+    said = re.sub("(?i)pem lib$", "not all is PEM", error_text(error).removeprefix("TLS: "))
+    return f"no usable certificate or key: {said}"
+
+
 def address_of(name: Any) -> Address:
     """The address in a socket's name for its peer."""
     return name[:2] if isinstance(name, tuple) else UNKNOWN
@@ -10512,8 +10519,8 @@ class Secrets:
         try:
             return make(given)
         except OSError as error:  # ssl.SSLError is one
-            text = f"no usable certificate or key: {error_text(error).removeprefix('TLS: ')}"
-            raise SettingsError([Complaint(", ".join(self.files), 0, "", text)]) from None
+            where = ", ".join(self.files)
+            raise SettingsError([Complaint(where, 0, "", certificate_trouble(error))]) from None
 
 
 NO_PASSWORD = "no password can be given"  # or OpenSSL would ask on the terminal, and wait
@@ -16663,8 +16670,7 @@ def cluster_context(cluster: Cluster) -> ssl.SSLContext:
                 context.load_cert_chain(file.name, password=NO_PASSWORD)
         return context
     except OSError as error:
-        text = f"no usable certificate or key: {error_text(error).removeprefix('TLS: ')}"
-        raise SettingsError([Complaint(cluster.url, 0, "", text)]) from None
+        raise SettingsError([Complaint(cluster.url, 0, "", certificate_trouble(error))]) from None
 
 
 class ApiServer(HttpClient):

@@ -1976,6 +1976,10 @@ def test_all_complaints_come_at_once():
      "s.toml:1: servers: found [servers], expected [[servers]], in two pairs of brackets"),
     ("an open quote", "servers = []\n[config]\npolicy = \"least\nport = 1\n",
      "s.toml:3: the quote of policy is not closed"),
+    ("an open quote in a table in braces", "servers = [{ url = 'http://a }]\n",
+     "s.toml:1: the quote of url is not closed"),
+    ("an open quote in a list", "[config]\nadmin_paths = [\"/a\", \"/b]\n",
+     "s.toml:2: a quote is not closed"),
     ("Python's truth", "[config]\nserver_header = True\n",
      "s.toml:2: this is not a value for server_header: 'True'; true and false are in lower case:"
      " server_header = true"),
@@ -10736,7 +10740,9 @@ def test_a_file_that_is_no_certificate_is_named_with_what_is_wrong(tmp_path):
                             (Settings(
                                 (lite.ServerSettings("https://a",
                                                      ca_file=str(HERE / "README.md")),)),
-                             "no certificate or crl found")):
+                             "no certificate or crl found"),
+                            (Settings(tls_cert=str(HERE / "README.md"), tls_key=str(path)),
+                             "not all is PEM")):
         with pytest.raises(lite.SettingsError, match=f"no usable certificate or key: {words}$"):
             lite.Secrets(settings)
 
