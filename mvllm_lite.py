@@ -22996,25 +22996,19 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
                 ("  Enter keep, Esc clear", Style.DIM)]
     if ui.note:
         return [(ui.note, Style.TITLE)]
-    if ui.mode is not Mode.LIST:
-        line, left = list[Span](), width - cells(place)
-        acts = VIEWS[ui.view].acts.items() if ui.view else ()
-        for key, word in (("q", "back"), *acts, *MODE_KEYS.get(ui.mode, ())):
-            if len(key) + len(word) + 3 <= left:
-                line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
-                left -= len(key) + len(word) + 3
-        return [*line, (place, Style.DIM)]
-    line = []
-    left = width - cells(place) - 2 * bool(place)
-    if ui.filter:
-        line = [(cut(f"/{ui.filter}  ", max(0, left)), Style.KEY)]
-        left -= cells(line[0][0])
-    for key, _, word in KEYS:
-        word = f"sort {ui.sort}" if word == "sort" else word
-        if word and len(key) + len(word) + 1 <= left:
+    acts = VIEWS[ui.view].acts.items() if ui.view else ()
+    keys = [("q", "back"), *acts, *MODE_KEYS.get(ui.mode, ())]
+    left, line = width - cells(place) + 2 * (not place), list[Span]()
+    if ui.mode is Mode.LIST:
+        keys = [(key, f"sort {ui.sort}" if word == "sort" else word) for key, _, word in KEYS]
+        if ui.filter:
+            line = [(cut(f"/{ui.filter}  ", max(0, left - 2)), Style.KEY)]
+            left -= cells(line[0][0])
+    for key, word in keys:
+        if word and len(key) + len(word) + 3 <= left:
             line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
             left -= len(key) + len(word) + 3
-    return [*line, (" " * max(0, left + 2), Style.PLAIN), (place, Style.DIM)] if place else line
+    return [*line, (" " * max(0, left), Style.PLAIN), (place, Style.DIM)] if place else line
 
 
 def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
@@ -23031,9 +23025,6 @@ def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Lin
         taken = cells(event["time"]) + 1
         lines.append([line[0], (fit(words, max(0, width - taken), look), style)])
     return lines
-
-
-# The screens.
 
 
 class Frame(NamedTuple):
@@ -23760,15 +23751,11 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
 async def answer_of(
     client: HttpClient, path: str, content: bytes | None = None, limit_s: float = TOP_TIMEOUT_S
 ) -> tuple[dict[str, Any], str]:
-    """The JSON object in a remote balancer's answer, and what is wrong with it, or ''."""
+    """The JSON object in a remote balancer's answer; {} and what is wrong without one."""
     try:
-        status, answer = await client.fetch(path, limit_s, content)
-        found = read_members(answer, None)
-    except (PeerGone, BadMessage, TimeoutError) as error:
-        return {}, str(error) or "no answer in time"
-    error = found.get("error")
-    message = error.get("message") if isinstance(error, dict) else "no reason is told"
-    return found, "" if status == 200 else f"{status}: {message}"
+        return await fetch_json(client, "it", path, content, limit_s), ""
+    except PeerGone as gone:
+        return {}, str(gone)
 
 
 @SCREENS.append

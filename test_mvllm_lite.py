@@ -21034,7 +21034,7 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
         (url,) = [view.id for view in running.views()]
         here = f"http://127.0.0.1:{running.balancer.port}"
         terminal.run(*command, here)
-        await asyncio.to_thread(terminal.read_until, "/status.json: 401: ")
+        await asyncio.to_thread(terminal.read_until, "/status.json: it answered 401: ")
         assert await asyncio.to_thread(terminal.child.wait, 20) == 1 and terminal.restored
         top = terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
         await asyncio.to_thread(terminal.read_until, "q quit")
