@@ -9474,10 +9474,10 @@ class Recent:
             history = self.histories[view.id]
             asked_at, why = self.unanswered.get(view.server, (None, ""))
             before = history.since(max(now - MINUTE_S, view.health.since))
+            silent = [*silence(view, asked_at and max(asked_at, moved(view.id)), why, now)]
             self.troubles[view.id] = [
-                *state_troubles(view, now),
-                *silence(view, asked_at and max(asked_at, moved(view.id)), why, now),
-                *fullness(view, now, s.metrics_interval), *slowness(view, views),
+                *state_troubles(view, now), *silent, *fullness(view, now, s.metrics_interval),
+                *(() if silent else slowness(view, views)),  # its streams stand still, too
                 *failures(view, history.failed - before.failed, history.requests - before.requests,
                           history.errors[-1] if history.errors else "")]
 
@@ -24189,7 +24189,8 @@ function showServer(url, server) {
   row.body.className = kind + "-server" + (row.body.classList.contains("open") ? " open" : "");
   put(part.name, name);
   put(part.state, MARKS[kind] + " " + row.state, kind);
-  put(part.since, since && "for " + since);
+  const lasts = long(level ? worst(server).since_s : server.since_s);
+  put(part.since, lasts && "for " + lasts);
   put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
   put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
   part.bar.style.transform = `scaleX(${Math.min(1, full).toFixed(3)})`;
@@ -24200,8 +24201,8 @@ function showServer(url, server) {
   part.spark.setAttribute("aria-label", history.length ? `now ${share(history[history.length - 1])}`
     + ` of capacity, at most ${share(Math.max(...history))}` : "not known");
   put(part.label, `Details of ${name}: `);
-  put(part.why, [...list(server.troubles).flatMap(t => [text(t.text), text(t.advice)]),
-    server.stale && "its own figures are old"].filter(Boolean).join("; "),
+  put(part.why, [...list(server.troubles).map(t => [t.text, t.advice].map(text).filter(Boolean)
+    .join("; ")), server.stale && "its own figures are old"].filter(Boolean).join(" · "),
     kind === "good" ? "warn" : kind);
   put(part.models, few(models, 3) || "no models known");
   put(part.url, url + (server.source ? ", from " + text(server.source).replace("_", " ") : "")

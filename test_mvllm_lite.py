@@ -13770,11 +13770,12 @@ def test_a_server_without_peers_is_compared_with_what_is_usual_for_it():
 @pytest.mark.parametrize("asked_at, streams_at, words", table(
     ("it answers", None, 0.0, []),
     ("for two seconds", NOW - 2, 0.0, []),
-    ("for three", NOW - 3, 0.0, ["silent"]),
+    ("for three, which also makes its streams look slow", NOW - 3, 0.0, ["silent"]),
     ("though its streams flow", NOW - 9, NOW - 1, []),
 ))
 def test_a_server_is_silent_before_checks_may_take_it_out(asked_at, streams_at, words):
-    assert troubles_found([server(0)], None, asked_at, streams_at) == words
+    slow = [server(0, step_s=0.09, samples=9), server(1, samples=9)] if words else [server(0)]
+    assert troubles_found(slow, None, asked_at, streams_at) == words
     assert troubles_found([server(0, state=State.UNHEALTHY)], None, asked_at) == ["unhealthy"]
 
 
