@@ -22350,7 +22350,7 @@ KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
     ("no page", 404, {}, 1, ["/metrics answered 404"]),
     ("silence", 0, {}, 1, ["/metrics did not answer"]),
     ("another program's page", 200, {"": lite.EngineLoad()}, 1,
-     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, "
+     ["lacks vllm:num_requests_running, vllm:num_requests_waiting, "
       "vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
     ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["has no prefix cache"]),
     ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
