@@ -14267,33 +14267,29 @@ def on_server(operation: Operation) -> Operate:
     return lambda core, asked: operation(core, server_named(core, asked.query.get("url", "")))
 
 
-ADMIN: dict[str, dict[str, Operate]] = {
+ADMIN: dict[str, dict[str, tuple[Operate, str]]] = {
     "/admin/servers": {
-        "POST": lambda core, asked: add_server(core, read_members(asked.content, None)),
-        "DELETE": on_server(remove_server),
-        "GET": lambda core, asked: list_servers(core),
+        "POST": (lambda core, asked: add_server(core, read_members(asked.content, None)),
+                 "add the server in the content, an entry of `servers` as JSON"),
+        "DELETE": (on_server(remove_server), "remove the server with ?url= after its last answer"),
+        "GET": (lambda core, asked: list_servers(core),
+                "all servers, and what was done to them by hand"),
     },
-    "/admin/servers/weight": {"POST": lambda core, asked: weigh_server(
-        core, server_named(core, asked.query.get("url", "")), asked.query.get("weight"))},
-    **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
-    "/admin/servers/drain": {"POST": lambda core, asked: drain_and_wait(
-        core, server_named(core, asked.query.get("url", "")), asked.query.get("wait", "0"))},
-}
-ADMIN_MEANINGS = {
-    ("/admin/servers", "GET"): "all servers, and what was done to them by hand",
-    ("/admin/servers", "POST"): "add the server in the content, an entry of `servers` as JSON",
-    ("/admin/servers", "DELETE"): "remove the server with ?url= after its last answer",
-    ("/admin/servers/drain", "POST"):
-        "no more requests for the server with ?url=; &wait= seconds for those that it has",
-    ("/admin/servers/undrain", "POST"): "take a drain back",
-    ("/admin/servers/weight", "POST"): "give the server with ?url= that &weight=",
-    ("/admin/servers/probe", "POST"): "check the server with ?url= now",
+    "/admin/servers/weight": {"POST": (
+        lambda core, asked: weigh_server(
+            core, server_named(core, asked.query.get("url", "")), asked.query.get("weight")),
+        "give the server with ?url= that &weight=")},
+    "/admin/servers/drain": {"POST": (
+        lambda core, asked: drain_and_wait(
+            core, server_named(core, asked.query.get("url", "")), asked.query.get("wait", "0")),
+        "no more requests for the server with ?url=; &wait= seconds for those that it has")},
+    "/admin/servers/undrain": {"POST": (on_server(undrain_server), "take a drain back")},
+    "/admin/servers/probe": {"POST": (
+        on_server(probe_server), "check the server with ?url= now")},
 }
 ENDPOINTS |= {
-    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
-                            ADMIN_MEANINGS.get((path, method), "the server with ?url= by hand"))
-           for method, operate in rows.items()} for path, rows in ADMIN.items()
-}
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True, meaning)
+           for method, (operate, meaning) in rows.items()} for path, rows in ADMIN.items()}
 
 
 # ══════════
