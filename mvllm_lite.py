@@ -9161,8 +9161,8 @@ def transition_line(change: Transition, models: Models | None) -> str:
 # page, /status.json and the log share these words.
 
 SILENT_S = 3.0  # without any sign of life, although asked; reports are asked for each second
-SLOW_RATIO = 3.0  # times its peers' time of a token; prompts and load explain less
-SLOWED_RATIO = 4.0  # times its own usual time; other requests than usual explain a factor of 2
+SLOW_RATIO = 3.0  # times its peers' time of a token; four alike were within 1.1, busy or flooded
+SLOWED_RATIO = 4.0  # times its own usual time, which was 2.3 times as long calm as flooded
 SLOW_SAMPLES = 3  # of its pace, before it is compared with its peers
 USUAL_SAMPLES = 200  # before it is compared with itself
 SAME_KV_RATIO = 1.25  # by which the KV caches of one kind of server may differ
@@ -9306,7 +9306,7 @@ class TroubleNews:
     def lines(
         self, name: str, troubles: Sequence[Trouble], now: float
     ) -> Iterator[tuple[bool, str]]:
-        """The lines due about a server, each with whether something began."""
+        """The lines due about a server, and about ends, each with whether something began."""
         for trouble in troubles:
             if trouble.level == "warn":
                 first, _, told = self.seen.get((name, trouble.word), (now, now, False))
@@ -9315,10 +9315,10 @@ class TroubleNews:
                     yield True, f"{name} is {trouble.word}: {trouble.text}"
                 self.seen[name, trouble.word] = first, now, told
         for (of, word), (_, last, told) in list(self.seen.items()):
-            if of == name and now - last > OVER_AFTER_S:
+            if now - last > OVER_AFTER_S:
                 del self.seen[of, word]
                 if told:
-                    yield False, f"{name} is no longer {word}"
+                    yield False, f"{of} is no longer {word}"
 
 
 # ══════════
@@ -13745,6 +13745,7 @@ class Watchers:
     def stop(self, servers: Iterable[str] | None = None) -> None:
         """End the tasks of these servers, or of all."""
         for server in list(self._tasks if servers is None else servers):
+            self._core.recent.unanswered.pop(server, None)
             for task in self._tasks.pop(server):
                 task.cancel()
 

@@ -13831,6 +13831,7 @@ def test_a_trouble_that_lasts_is_logged_once_and_its_end():
     said = [line for now in range(30) for line in news.lines("a", slow if now < 9 else [], now)]
     assert said == [(True, "a is slow: as a snail"), (False, "a is no longer slow")]
     assert not [*news.lines("b", slow, 0.0), *news.lines("b", [], 20.0)]  # it was short
+    assert not news.seen  # and nothing is kept of servers that have left
 
 
 def test_the_last_minute_forgets_what_is_older():
