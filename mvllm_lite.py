@@ -1438,14 +1438,11 @@ class Histogram(Family):
         self.bounds = bounds
 
     def child(self, *values: str) -> list[float]:
-        """The child with these label values, made if needed; with it, `observe` is cheap."""
+        """The counts with these label values, made if needed, for a caller that counts by itself:
+        one for each bucket, and the sum of all values."""
         zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < self.limit
         key = values if room else self.key(values)
         return self.children.get(values) or self.children.setdefault(key, zeros)
-
-    def observe(self, child: list[float], value: float) -> None:
-        child[bisect.bisect_left(self.bounds, value)] += 1
-        child[-1] += value
 
     def note(self, value: float, *values: str) -> None:
         note_each(values, (self, value))
@@ -11047,7 +11044,7 @@ class Pump:
         if content:
             if self.first_at is None:
                 self.first_at = now
-            if (child := self._gaps_child) is not None:  # `observe`, without the call
+            if (child := self._gaps_child) is not None:  # `note`, without the call
                 child[bisect.bisect_left(self._gaps.bounds, now - self.moved_at)] += 1
                 child[-1] += now - self.moved_at
             self.moved_at = now
@@ -25358,10 +25355,8 @@ def kind_for(capacity: float) -> EngineKind:
     """The kind of a server whose capacity alone is known: an a100, scaled in speed."""
     kind = ENGINE_KINDS["a100"]
     slow = kind.capacity / capacity
-    return kind._replace(
-        capacity=capacity, step_s=kind.step_s * slow, weights_s=kind.weights_s * slow,
-        token_s=kind.token_s * slow, sequence_s=kind.sequence_s * slow,
-        context_s=kind.context_s * slow)
+    return kind._replace(capacity=capacity, **{
+        name: value * slow for name, value in kind._asdict().items() if name.endswith("_s")})
 
 
 class EngineReport(NamedTuple):

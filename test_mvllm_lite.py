@@ -1814,7 +1814,7 @@ def test_what_is_exposed_reads_back_the_same():
     gauge.set(0.25)
     histogram = lite.Histogram("h_seconds", "A histogram.", (0.1, 1), "model")
     for value in (0.1, 0.5, 7):
-        histogram.observe(histogram.child("m"), value)
+        histogram.note(value, "m")
     page = lite.expose([counter, gauge, histogram])
     assert "# TYPE h_seconds histogram\n" in page and page.endswith("\n")
     read = {(s.name, *s.labels.values()): s.value for s in lite.parse_samples(page)}
