@@ -15740,23 +15740,26 @@ examples:
   mvllm_lite.py run --config servers.toml --port 9000 --console
   mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8{examples}
 
+{topics}
 A flag wins over the environment, that over the file, and that over the default.
 {env}
-SIGHUP reads the file at once, so a balancer outlives its terminal, and `demo` does not; SIGTERM and
-Ctrl-C let running answers finish, a second one does not; SIGUSR2 has a new process take over.
+SIGHUP reads the file at once, so a terminal that is closed ends `demo`, but no balancer.  SIGTERM
+and Ctrl-C let running answers finish; a second one stops at once.  SIGUSR2 has a new process take
+over.
 """
 
 
 def argument_parser(only: str = "") -> argparse.ArgumentParser:
     """A parser with the arguments of that command, or of all."""
-    env = textwrap.fill("The environment is CONFIG_PATH, " + ", ".join(
+    env = textwrap.fill("Environment variables: CONFIG_PATH, " + ", ".join(
         f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"]) + ".", 100)
+    topics = textwrap.fill(f"Topics of help: {', '.join(sorted(TOPICS))}.", 100)
     rows = sorted(COMMANDS.items())
     examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
                        for _, row in rows if row.example)
     parser = argparse.ArgumentParser(
         prog=os.path.basename(sys.argv[0]) or "mvllm_lite.py",
-        epilog=EPILOG.format(examples=examples, env=env),
+        epilog=EPILOG.format(examples=examples, env=env, topics=topics),
         description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -15783,7 +15786,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
     parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
     parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
-    parser.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
+    parser.add_argument("--reload", action="store_true", help="no effect: it is always watched")
     add_router_flags(parser)
 
 
@@ -22095,8 +22098,9 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-file", default=given("MANAGER_CA_FILE", ""), metavar="FILE",
                         help="https: certificates to trust for it")
     parser.add_argument("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
-    parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"))
-    parser.add_argument("--port", default=given("WORKER_PORT", "7000"))
+    parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"),
+                        help="address to listen on")
+    parser.add_argument("--port", default=given("WORKER_PORT", "7000"), help="port (default 7000)")
     parser.add_argument("--public-url", default=given("PUBLIC_URL", ""), metavar="URL",
                         help="where it is reached from the manager, if that is elsewhere")
     parser.add_argument("--check", action="store_true", help="say what is amiss, and end")
@@ -25970,32 +25974,36 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fleet", nargs="+", metavar="KIND", type=engine_kind,
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
     parser.add_argument("--add-server", action="append", metavar="KIND", type=engine_kind,
-                        help="one more")
-    parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
+                        help="one more server (repeatable)")
+    parser.add_argument("--auto", action="store_true", help="learn the servers' capacities")
     parser.add_argument(
         "--split", nargs="?", const=0, type=functools.partial(positive, kind=int), metavar="N",
         help="also have the first N servers read prompts and the others answer (default: as"
              " [[disaggregation]] has it, or every N)")
     parser.add_argument(
         "--transfer", type=positive, default=TRANSFER_TOKEN_US, metavar="US",
-        help="microseconds that a token's blocks are on their way (default"
+        help="microseconds to move a token's KV blocks to another server (default"
              f" {TRANSFER_TOKEN_US:g}: 128 kB at 10 GB/s)")
     parser.add_argument(
-        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
+        "--speed", type=positive, default=1.0, metavar="X", help="send requests X times as fast")
     parser.add_argument(
         "--limit", type=functools.partial(positive, kind=int), metavar="N",
         help="the first N requests")
-    parser.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
-    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
-    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
+    parser.add_argument("--seconds", type=positive, default=180.0, metavar="S",
+                        help="length of made-up traffic (default 180)")
+    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S",
+                        help="an answer is good if its first token comes within S seconds"
+                             " (default 1)")
+    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S",
+                        help="and if it takes at most S seconds a token (default 0.05)")
 
 
 @command(
     "replay", "try policies on recorded traffic, in a model", add_replay,
     example="replay sessions --policy all",
-    description="Which policy for my traffic? Would a server more help, or that some of them read"
-                " prompts for others (1+2: one for two)? Requests that the settings' queue holds"
-                " wait there as long as it takes.")
+    description="Which policy suits my traffic? Would one more server help, or servers that read"
+                " prompts for others (1+2: one for two)? Requests wait in the settings' queue as"
+                " long as it takes.")
 def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace under each of the policies that are asked for, and print the table."""
     if args.config:
@@ -27088,20 +27096,20 @@ async def simulate_process(args: argparse.Namespace) -> int:
 
 
 def add_simulate_vllm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--served-model-name", default="")
+    parser.add_argument("model", help="the model that it serves")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000)")
+    parser.add_argument("--served-model-name", default="", metavar="NAME", help="as another name")
     for name in ("--tensor-parallel-size", "--max-model-len", "--gpu-memory-utilization"):
-        parser.add_argument(name, help="taken, and means nothing")
-    parser.add_argument("--enable-sleep-mode", action="store_true", help="the same")
-    parser.add_argument("--max-num-seqs", type=int, default=SIMULATED_KIND.capacity,
-                        help="requests that it has in its batch at once")
-    parser.add_argument("--start-s", type=float, default=0.0, help="seconds until it is ready")
-    parser.add_argument("--wake-s", type=float, default=0.0, help="seconds that waking takes")
-    parser.add_argument("--token-s", type=float, default=0.01, help="seconds a token")
-    parser.add_argument("--fail", default="", metavar="TEXT", help="end with these last words")
-    parser.add_argument("--engine", action="store_true", help="have a process for the engine")
+        parser.add_argument(name, metavar="N", help="no effect")
+    parser.add_argument("--enable-sleep-mode", action="store_true", help="no effect")
+    parser.add_argument("--max-num-seqs", type=int, metavar="N", default=SIMULATED_KIND.capacity,
+                        help="requests in its batch at a time")
+    for name, default, what in (("--start-s", 0.0, "to get ready"), ("--wake-s", 0.0, "to wake"),
+                                ("--token-s", 0.01, "for each token")):
+        parser.add_argument(name, type=float, default=default, metavar="S", help=f"seconds {what}")
+    parser.add_argument("--fail", default="", metavar="TEXT", help="fail to start, with this text")
+    parser.add_argument("--engine", action="store_true", help="run the engine as another process")
 
 
 @command("simulate-vllm", "a process that stands in for `vllm serve`", add_simulate_vllm)

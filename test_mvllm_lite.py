@@ -23293,6 +23293,15 @@ def test_the_first_80_lines_are_the_small_product():
         assert said in first, said
 
 
+def test_help_names_each_topic_and_says_what_every_argument_is_for():
+    listed = lite.argument_parser().format_help().partition("Topics of help:")[2]
+    assert all(re.search(rf"\b{name}[,.]", listed) for name in lite.TOPICS)
+    for name, row in lite.COMMANDS.items():
+        parser = lite.argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+        row.add_arguments(parser)
+        assert not [one.dest for one in parser._actions if not one.help], name
+
+
 def test_help_tells_of_every_setting_path_error_metric_and_policy():
     for topic, names in (
         ("settings", [*lite.CONFIG_FIELDS, *lite.SERVER_FIELDS, *lite.KEY_FIELDS, *lite.TABLES,
