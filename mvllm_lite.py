@@ -17125,7 +17125,7 @@ def parse_msgpack(data: bytes) -> Any:
 #
 # Servers, and agents that run servers, which announce themselves.  A registration ends when its
 # owner says so, or is silent for longer than the time it named.  Its content comes from outside: it
-# may name no file, and only addresses its sender may have requests sent to.
+# may name no file, and only addresses to which its sender may have requests sent.
 
 REGISTRATIONS_LIMIT = 1000
 INSTANCES_LIMIT = 64  # of an agent
@@ -23688,7 +23688,7 @@ class ScreenProcess:
             if self.leave and not writer.transport.get_write_buffer_size():
                 writer.write(json_line({"status": self.status()}))
             await asyncio.sleep(SCREEN_S)
-        self.why = "it answers no more"
+        self.why = "it stopped answering"
         with contextlib.suppress(ProcessLookupError):
             child.kill()
 
@@ -27344,7 +27344,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 @command("demo", "try it in front of simulated servers", add_demo, example="demo")
 def run_demo(args: argparse.Namespace) -> int:
-    toml = "servers = []\n[config]\nbreaker_open_time = 8"  # so that one sees it come back
+    toml = "servers = []\n[config]\nbreaker_open_time = 8"  # so that a recovery is soon seen
     settings, _ = parse_settings(toml, "demo", overrides_from(args, {}))
     if args.disaggregated and (args.discovery or args.pool or args.servers < 2):
         return fail("--disaggregated: expected 2 --servers or more, no --discovery and no --pool")

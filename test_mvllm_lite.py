@@ -21015,7 +21015,7 @@ async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal
     os.kill(await held.begun(terminal), signal.SIGSTOP)
     held.screen.unanswered = lite.UNANSWERED_LIMIT
     assert not await held.held.get()
-    assert terminal.restored and "no screen: it answers no more" in caplog.text
+    assert terminal.restored and "no screen: it stopped answering" in caplog.text
 
 
 @asynchronous
