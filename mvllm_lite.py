@@ -2312,8 +2312,8 @@ class Settings:
     manager: str = setting(
         "", optional_url, "a balancer that keeps the models: they are asked from here, too",
         restart=True)
-    manager_key: str = setting("", optional_secret, "an admin's key there; or", restart=True)
-    manager_key_file: str = setting("", file_path, "a file that holds it", restart=True)
+    manager_key: str = setting("", optional_secret, "an admin's key there", restart=True)
+    manager_key_file: str = setting("", file_path, "or a file that holds it", restart=True)
     manager_ca_file: str = setting(
         "", file_path, "https: certificates to trust for the manager", "MANAGER_CA_FILE",
         restart=True)
@@ -8848,8 +8848,8 @@ class Metrics:
         self.reloads = Counter(
             "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
         self.scrapes = Counter(
-            "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
-        self.upgrades = Counter("mvllm_upgrades_total", "Successors to take over.", "result")
+            "mvllm_scrapes_total", "Reads of a server's /metrics.", "server", "result")
+        self.upgrades = Counter("mvllm_upgrades_total", "Successors that were started.", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.waits = Histogram(
@@ -8859,15 +8859,16 @@ class Metrics:
         self.prompt_tokens = Counter(
             "mvllm_prompt_tokens_total", "Tokens of prompts, estimated by their bytes.")
         self.cached_tokens = Counter(
-            "mvllm_prefix_cache_expected_tokens_total", "Of these, expected in the server's cache.")
+            "mvllm_prefix_cache_expected_tokens_total",
+            "Prompt tokens expected in a server's prefix cache.")
         self.missed_tokens = Counter(
             "mvllm_prefix_cache_missed_tokens_total",
-            "Tokens more that another server was expected to have (regret).")
+            "Cached tokens by which the best other server was ahead (regret).")
         self.prefix_hits = Counter(
             "mvllm_prefix_cache_hit_tokens_total",
-            "Tokens found in a server's prefix cache, by its own word.", "server")
+            "Prompt tokens that a server reports to have found in its prefix cache.", "server")
         self.usage = Counter(
-            "mvllm_usage_tokens_total", "Tokens, as far as servers said them.",
+            "mvllm_usage_tokens_total", "Tokens, as far as servers report them.",
             "key", "model", "kind")
         self.key_requests = Counter(
             "mvllm_key_requests_total", "Requests that servers answered.", "key", "model")
@@ -8876,8 +8877,8 @@ class Metrics:
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
             FIRST_BYTE_BOUNDS_S, "model")
         self.first_token = Histogram(
-            "mvllm_time_to_first_token_seconds", "The same, of streams: to their first event.",
-            FIRST_BYTE_BOUNDS_S, "model")
+            "mvllm_time_to_first_token_seconds",
+            "From a request's last byte to its stream's first event.", FIRST_BYTE_BOUNDS_S, "model")
         self.gaps = Histogram(
             "mvllm_inter_token_latency_seconds", "Between two pieces of a streamed answer.",
             GAP_BOUNDS_S, "model")
@@ -8926,30 +8927,35 @@ class Metrics:
 SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "requests_in_flight": ("Requests now with a server.", lambda v: v.counts.in_flight),
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
-    "server_asleep": ("Whether it says that it sleeps.", lambda v: v.load.asleep),
+    "server_asleep": ("Whether a server reports that it sleeps.", lambda v: v.load.asleep),
     "server_circuit_open": (
-        "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
-    "server_capacity": ("Its max_concurrent_requests, or what was learned.", lambda v: v.capacity),
+        "Whether failed requests keep a server out.", lambda v: v.health.open_until is not None),
+    "server_capacity": (
+        "A server's max_concurrent_requests, or what was learned.", lambda v: v.capacity),
     "server_learned_capacity": (
-        "What its time per output token says of its capacity.", lambda v: v.learned.capacity),
+        "Capacity as learned from a server's time per output token.", lambda v: v.learned.capacity),
     "server_prompt_tokens_pending": (
-        "Prompt tokens that it has to read.", lambda v: v.counts.pending),
+        "Prompt tokens that a server has yet to read.", lambda v: v.counts.pending),
     "server_prompt_tokens_per_second": (
-        "How fast it reads prompts, as learned.", lambda v: v.pace.prompt_tokens_per_s or None),
+        "How fast a server reads prompts, as learned.",
+        lambda v: v.pace.prompt_tokens_per_s or None),
     "server_step_seconds": (
-        "A token of an answer, if the server had no other work, as learned.",
+        "Time for a token of an answer on an idle server, as learned.",
         lambda v: v.pace.step_s if v.pace.samples else None),
-    "server_num_requests_running": ("Running requests by its own word.", lambda v: v.load.running),
-    "server_num_requests_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
-    "server_kv_cache_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
+    "server_num_requests_running": (
+        "Running requests that a server reports.", lambda v: v.load.running),
+    "server_num_requests_waiting": (
+        "Waiting requests that a server reports.", lambda v: v.load.waiting),
+    "server_kv_cache_usage_ratio": (
+        "A server's KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
 }
 # Gauges of the process; their values are passed in.
 PROCESS_GAUGES = {
     "start_time_seconds": "When the process began, in Unix time.",
     "client_connections": "Open connections from clients.",
-    "client_connections_limit": "How many there may be.",
+    "client_connections_limit": "Most connections from clients at a time.",
     "queue_length": "Requests that wait for a server's place.",
-    "buffered_bytes": "What is held of requests that wait: content, heads, what came early.",
+    "buffered_bytes": "Memory that waiting requests hold: heads, content, what came early.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
 
@@ -24498,7 +24504,7 @@ TABLE_MEANINGS = {
     "resumes": "another `resume` for one model, by its name",
     "models": "tables [[models]]: models that are started, slept, woken and stopped on demand",
     "profiles": "tables [[profiles]]: how models registered over HTTP may be launched here",
-    "devices": "memory_gb = [80, 80]: the GPUs, where they are not detected, or less of them",
+    "devices": "memory_gb = [80, 80]: the GPUs, where they are not detected, or to use less",
     "config": "everything else; times are in seconds",
 }
 
@@ -24580,8 +24586,8 @@ Three machines.  On the first worker_key = "…" and registration_networks in [c
 
 Several balancers.  One has all of that; the others say in [config] manager = "http://FIRST:8888"
 and manager_key = "…", an admin's key there, and the same worker_key.  They ask its models, too, and
-have it wake them.  While it is away, what runs is asked, and nothing is placed or stopped.  Where
-it speaks https with an authority of its own: manager_ca_file, and worker --ca-file.
+have it wake them.  While it is away, models that run are asked, and none is started or stopped.
+Where it speaks https with an authority of its own: manager_ca_file, and worker --ca-file.
 
 From serverless_vllm: its paths, bodies and variables of the environment are taken (MANAGER_HOST,
 ROUTER_PORT … are HOST and PORT); model_path, llama_* and a second backend are refused.  Mixes of a
@@ -24592,7 +24598,7 @@ GET /admin/models, POST /admin/models/{alias}/wake, sleep or stop, /admin/models
 What runs stands in a file beside the settings (state_file), so that a successor takes it over; it
 stops with the balancer unless stop_models = false, and not at all with an agent: give its unit
 KillMode=process.  A worker does not register: its log says what the manager answered.  A model
-does not start: its last words are in /admin/models and in the 503.  A request times out: raise
+does not start: its last output is in /admin/models and in the 503.  A request times out: raise
 wake_timeout_s; Retry-After says how long the model takes.  No vLLM at hand: demo --pool."""
 
 
@@ -24634,9 +24640,9 @@ def paths_topic() -> str:
 def resume_topic() -> str:
     return f"""\
 A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another
-one of the same version (/version) and model (the last names in its root and parent).  vLLM ends a
-stream of /v1/responses as completed also when it aborts it (SIGTERM, /sleep and /pause): the end of
-one that could go on is shown once the engine answers a request of one token, or other streams move.
+one of the same version (/version) and model (the last part of root and parent in /v1/models).  vLLM
+calls a stream of /v1/responses completed even if it aborts it (SIGTERM, /sleep, /pause): where the
+stream could go on, its end is shown once the engine answers a request of one token, or others move.
 
   "repeat"    the default.  A request with temperature 0, top_k 1 or a seed is sent again, and what
               was shown is left out of the new answer, which must be the same so far: texts, token
@@ -24649,9 +24655,9 @@ one that could go on is shown once the engine answers a request of one token, or
               beam search, reasoning, a tool call, or a prompt that is not text.
   "off"       Never.  [resumes] sets one of these for one model.
 
-resume_seed gives a seed to each stream that could not be repeated without, but on /v1/messages; on
-GPUs, vLLM says, generators for each request cost speed.  A stream ends with an error event that
-says why if the other server's answer differs or breaks before it says anything new, two servers
+resume_seed gives a seed to each stream that could not be repeated without one, except on
+/v1/messages; vLLM says that seeds cost speed on GPUs.  A stream ends with an error event that says
+why if the other server's answer differs or breaks before it says anything new, two servers
 die with it, it has media by URL, its client chose an engine, no other server has the version and
 model, one server keeps its state ({", ".join(STORED_MEMBERS)}),
 or it meets resume_within, max_retries, retry_budget, resume_bytes (for the events of streams) or a
