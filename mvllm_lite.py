@@ -25924,9 +25924,8 @@ def summary(
         sum(record.cached_tokens for record in answered) / max(1, prompts))
 
 
-def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
-    ordered = sorted(values) or [math.nan]
-    return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in shares)
+def quantiles(values: Sequence[float], *shares: float) -> tuple[float, ...]:
+    return tuple(quantile(values or [math.nan], share) or 0.0 for share in shares)
 
 
 def comparison_table(rows: Mapping[str, Summary]) -> str:
