@@ -9195,7 +9195,7 @@ TLS_ADVICE = {
     "certificate": "name the authority that signed it in ca_file",
     "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
     "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
-    "TLS handshake was ended": "see whether it speaks plain http: then its URL begins with http://",
+    "TLS handshake ended": "if it speaks plain http, its URL begins with http://",
     "closed without an answer": "see whether it speaks https: then its URL begins with https://",
 }
 ADVICE = {
@@ -10618,7 +10618,7 @@ def connect_failure(error: OSError, timeout_s: float, tls: bool) -> PeerGone:
     fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
     text, ended = error_text(error), isinstance(error, (ConnectionResetError, ssl.SSLEOFError))
     if tls and ended:  # a port that does not listen refuses; it does not reset
-        text = f"the TLS handshake was ended ({text}): perhaps it speaks plain http"
+        text = f"plain http there? The TLS handshake ended: {text}"
     return PeerGone(f"cannot connect: {text}", fault)
 
 

@@ -10667,7 +10667,7 @@ class Plain(Server):
     ("it speaks no TLS", {}, Plain,
      r"cannot connect: TLS: (wrong version number|record layer failure)"),
     ("it speaks none, and hangs up", {}, Shut,
-     r"cannot connect: the TLS handshake was ended \(.+\): perhaps it speaks plain http"),
+     r"cannot connect: plain http there\? The TLS handshake ended: "),
 ))
 @asynchronous
 async def test_what_is_wrong_with_a_certificate_is_named_everywhere(
