@@ -22439,7 +22439,9 @@ async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_
     ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
 ))
 def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
-    assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
+    found = lite.unusable_finding(lite.ServerSettings("http://a", **keys), why)
+    assert advice in found.advice
+    assert "certificate: cannot connect" not in found.text
 
 
 @asynchronous
