@@ -24436,9 +24436,10 @@ start();
 """
 
 
-@endpoint("/status", kind=Kind.PAGE, meaning="the page, which asks for the facts itself")
+@endpoint("/status", kind=Kind.PAGE,
+          meaning="HTML without facts; it asks for them, with the key that is entered there")
 async def get_status_page(core: Core, asked: Asked) -> Reply:
-    """The page, without a key: a browser sends none, and the page itself has no facts."""
+    """The page, for anybody: to open it, a browser sends no key."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
