@@ -2468,7 +2468,7 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
     quoted = re.search(r"""(?:([\w."'-]+) *= *)?("[^"]*|'[^']*)$""", row)
     for amiss, text in (
         (re.match("Cannot|Duplicate", said), twice(said, rows[: max(line, 0)])),
-        (quoted and re.match(r"Illegal character '\\n'|Unterminated", said), "the quote of"
+        (quoted and re.match(r".* character '\\n'|Unterminated", said), "the quote of"
          f" {quoted[1]} is not closed" if quoted and quoted[1] else "a quote is not closed"),
         (re.match("Unescaped|Invalid hex", said),
          rf"\ in double quotes is said \\, or the text stands in single quotes: {key} = '…'"),
@@ -2557,16 +2557,16 @@ OPAQUE = re.compile(
 def parse_settings(
     toml: str, source: str = "servers.toml", overrides: Overrides | None = None
 ) -> tuple[Settings, list[Complaint]]:
-    """The settings in a TOML text, and warnings about keys without a meaning.
-
-    Values in `overrides` win over the text: keys of [config], and whole tables such as "servers",
-    a list of tables, or "pools".  Raises SettingsError.
-    """
+    """The settings in a TOML text, and warnings about keys without a meaning.  Values in
+    `overrides` win over the text: keys of [config], and whole tables such as "servers", a list of
+    tables, or "pools".  Raises SettingsError."""
     try:
         document = tomllib.loads(toml)
     except (ValueError, RecursionError) as error:
         where = TOML_PLACE.fullmatch(str(error))
         text, line, end = where.groups() if where else (str(error), None, None)
+        if text == "Expected \"'\"":  # sought to the end, so the last one in the file is open
+            text, line, end = "Unterminated", str(toml[: toml.rindex("'")].count("\n") + 1), ""
         text = toml_trouble(text, toml, int(line or 0)) + " at the end of the file" * bool(end)
         raise SettingsError([Complaint(source, int(line or 0), "", text)]) from None
     return SettingsReader(document, toml, source).read(overrides or {})

@@ -1978,6 +1978,8 @@ def test_all_complaints_come_at_once():
      "s.toml:3: the quote of policy is not closed"),
     ("an open quote in a table in braces", "servers = [{ url = 'http://a }]\n",
      "s.toml:1: the quote of url is not closed"),
+    ("an open quote before another", "[config]\nhost = 'x\nlog_dir = 'y'\n",
+     "s.toml:2: the quote of host is not closed"),
     ("an open quote in a list", "[config]\nadmin_paths = [\"/a\", \"/b]\n",
      "s.toml:2: a quote is not closed"),
     ("Python's truth", "[config]\nserver_header = True\n",
