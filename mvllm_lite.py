@@ -23086,11 +23086,11 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     """Everything known about a server, as triples of label, text and style."""
     state = f"{server['state']} for {long_time(server['since_s'])}"
     yield "state", state, state_style(server)
-    if server["reason"]:
+    troubles = [one for one in server["troubles"] if one["level"] != "note"]
+    if server["reason"] and server["reason"] not in {one["text"] for one in troubles}:
         yield "reason", server["reason"], Style.PLAIN
-    for one in server["troubles"]:
-        if one["level"] != "note":
-            yield "trouble", trouble_text(one), LEVEL_STYLES[one["level"]]
+    for one in troubles:
+        yield "trouble", trouble_text(one), LEVEL_STYLES[one["level"]]
     source = f", from {clean(server['source'], look)}" if server["source"] else ""
     yield "url", clean(server["url"], look) + source.replace("_", " "), Style.PLAIN
     yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN

@@ -20202,6 +20202,14 @@ def test_a_server_in_trouble_stands_on_top_with_words_and_the_title_counts_it(
     assert text[:30] in lines[head + 2] or text[:12] in lines[head + 1]
 
 
+def test_the_detail_says_once_why_a_server_is_out():
+    slow = lite.Trouble("warn", "slow", "44 ms a token")._asdict()
+    for server, told in ((shown_server(1, state="unhealthy"), ["trouble"]),
+                         (shown_server(1, troubles=[slow]), ["reason", "trouble"])):
+        labels = [label for label, _, _ in lite.facts(server, Look(True))]
+        assert [label for label in labels if label in ("reason", "trouble")] == told
+
+
 STATE_LEVELS = {"healthy": "", "unhealthy": "bad", "circuit open": "bad",
                 "circuit half-open": "warn"}
 
