@@ -23941,7 +23941,7 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
   .plain tbody { display: table-row-group; border: 0 } .many tbody:not(.open) .main > .n,
   .many tbody:not(.open) .main > :last-child { display: none }
   .many tbody { padding: .2rem; margin: 0 }
-  .many .main { grid-template-columns: 1fr 6.6rem 4.3rem; gap: 0 .4rem }
+  .many .main { grid-template-columns: 1fr 6.2rem 3.8rem; gap: 0 .3rem }
   .many .main > * { grid-column: auto; min-width: 0 }
   .many td small { display: block; margin: 0 }
   [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
@@ -23977,9 +23977,9 @@ retries: of the last minute; ~ is learned, – not known</small></caption><thead
 <div class="tools"><h2>Operate</h2><form id="unlock" class="row">
 <label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
 <button id="forget" type="button" hidden>Forget</button><small id="says" role="status">An admin's
-key brings buttons that drain and probe servers (in their details), and wake, stop and put models
-to sleep. It is kept until this page is left, and nowhere else. Without keys, the buttons are there
-on the balancer's own machine.</small></form>
+key brings buttons that drain and probe servers (in their details), and wake models, stop them
+and put them to sleep. It is kept until this page is left, and nowhere else. Without keys, the
+buttons are there on the balancer's own machine.</small></form>
 <small><a id="raw" href="status.json">As JSON</a></small></div>
 </main><template><tbody role="rowgroup"><tr role="row" class="main">
 <th scope="row" role="rowheader" class="whole"><button type="button" data-part="name"
