@@ -21629,6 +21629,10 @@ class PoolPlanner:
         self.pool = FollowedPool(core) if core.settings.manager else ModelPool(core)
         self.created = int(core.process.started_at)
 
+    def __str__(self) -> str:
+        """Its size, for people."""
+        return f"models in the pool: {len(self.pool.models)}"
+
     def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
         model = self.pool.model_served(exchange.call.model)
         if exchange.destination.only:

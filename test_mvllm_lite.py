@@ -19299,6 +19299,8 @@ async def test_models_are_woken_and_rested_by_keys_by_top_and_over_http_by_who_m
         (row,) = (await client.get("/status.json", boss)).json["services"]["models"]
         assert (row["state"], row["acts"]) == ("running", ["sleep", "stop"])
         assert row["why"] == "launch: by hand, or preloaded"
+        settings = (await client.get("/status.json", boss)).json["settings"]
+        assert settings == "unchanged since the start; models in the pool: 1"
         ours, theirs = socket.socketpair()
         url = f"http://127.0.0.1:{running.balancer.port}"
         elsewhere = lite.HttpClient(lite.ServerSettings(url, api_key="sk-b"), lite.Secrets(
