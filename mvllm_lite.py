@@ -25043,7 +25043,8 @@ groups:
 ALERTS = (  # name, expression, duration, severity, summary
     ("Down", 'up{job="mvllm_lite"} == 0', "1m", "critical",
      "The balancer {{ $labels.instance }} does not answer"),
-    ("NoServer", "sum by (instance) (mvllm_server_healthy) == 0", "1m", "critical",
+    ("NoServer", "sum by (instance) (mvllm_server_healthy) +"
+     " sum by (instance) (mvllm_server_asleep) == 0", "1m", "critical",
      "No vLLM server can be asked"),
     ("ServerOut", "mvllm_server_healthy == 0 unless mvllm_server_asleep == 1", "5m", "warning",
      "{{ $labels.server }} has been out for five minutes"),

@@ -23418,6 +23418,8 @@ def test_alerts_and_the_dashboard_name_metrics_and_labels_that_exist():
                 assert {*re.findall(r"\w+", by)} <= {*family.labels, "le", "instance"}, one
         assert one.count("(") == one.count(")"), one
     assert "mvllm_server_healthy == 0 unless mvllm_server_asleep == 1" in expressions
+    assert ("sum by (instance) (mvllm_server_healthy) +"
+            " sum by (instance) (mvllm_server_asleep) == 0") in expressions
     limits = re.search(r'limit=~"(.*?)"', HELP["prometheus"])[1].split("|")
     assert set(limits) <= set(lite.LIMIT_NAMES) and "metrics_path" not in HELP["prometheus"]
     assert [panel["id"] for panel in board["panels"]] == [*range(1, len(lite.PANELS) + 1)]
