@@ -27483,7 +27483,7 @@ def unusable_finding(server: ServerSettings, why: str) -> Finding:
         return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
     for word, advice in TLS_ADVICE.items():
         if word in why:
-            return Finding(why.removeprefix("cannot connect: "), advice)
+            return Finding(why, advice)
     return Finding(why, f"see whether it runs, and try: curl -v {server.url}/v1/models")
 
 
