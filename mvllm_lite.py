@@ -5528,14 +5528,15 @@ PACE_SOON = 8  # samples of a server that still change what is expected of other
 class Counts:
     """Our own requests at a server, an exact count that the fleet changes in place."""
 
-    __slots__ = ("in_flight", "on_trial", "pending", "request_s", "at", "read", "rate",
-                 "held", "quiet", "looked")
+    __slots__ = ("in_flight", "on_trial", "pending", "unread", "request_s", "at", "read", "rate",
+                 "held", "quiet", "looked", "reported")
 
     def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
         self.in_flight = in_flight
         self.on_trial = on_trial  # those begun while the circuit was half-open
         self.pending = pending  # tokens of prompts that it has yet to read,
-        self.read = 0  # and that it has read
+        self.unread = 0  # of so many requests,
+        self.read = self.reported = 0  # and that it has read, until now and its last report
         self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, up to a time
         self.rate = 0.0  # tokens to read that come per second
         self.looked = -INFINITY, 0.0, 0  # last look at its streams: time, request_s and read
@@ -5746,6 +5747,7 @@ class Learned(NamedTuple):
     tpot_s: float = 0.0  # time per output token
     capacity: float = START_CAPACITY  # as far as tpot_s and queues tell
     hit_ratio: float = 1.0  # the share of the tokens expected in its cache that was found there
+    foreign_read: float = 0.0  # tokens that it reads for others per second; an error may be below 0
 
 
 class ServerView(NamedTuple):
@@ -6124,6 +6126,21 @@ def capacity_after(
     return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
 
 
+def foreign_read_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
+    """The tokens of others' prompts that a server reads per second, after one more report.  Where
+    engine and answers do not count a prompt of ours at the same time, the mean is still right."""
+    before, counts, known = view.load, view.counts, view.learned.foreign_read
+    ours, counts.reported = counts.read - counts.reported, counts.read
+    if not elapsed_s or None in (before.tokens, load.tokens):
+        return 0.0
+
+    def read(said: EngineLoad) -> int:
+        return (said.tokens or 0) - (said.generation_tokens or 0) - (said.prefix_hits or 0)
+
+    found = (read(load) - read(before) - ours) / elapsed_s if view.report.foreign else 0.0
+    return known + (1 - math.exp(-elapsed_s / READ_MEMORY_S)) * (found - known)
+
+
 def learned_after(
     view: ServerView, load: EngineLoad, now: float, hit_rate: HitRate, views: Iterable[ServerView]
 ) -> Learned:
@@ -6132,12 +6149,14 @@ def learned_after(
     hit_ratio = hit_rate.after(view.load, load, learned.hit_ratio)
     if restarted(view.load, load):
         view.pace.restarted()
-        return learned._replace(tpot_s=0.0, hit_ratio=hit_ratio)
+        counts.reported = counts.read
+        return learned._replace(tpot_s=0.0, hit_ratio=hit_ratio, foreign_read=0.0)
     quiet, counts.quiet = counts.quiet, not counts.pending
     if quiet and counts.quiet:
         view.pace.reported(view.load, load, elapsed_s, now)
     return Learned(tpot_after(view, load, elapsed_s),
-                   capacity_after(view, load, elapsed_s, views), hit_ratio)
+                   capacity_after(view, load, elapsed_s, views), hit_ratio,
+                   foreign_read_after(view, load, elapsed_s))
 
 
 # ══════════
@@ -6198,6 +6217,7 @@ class Lease:
         counts.in_flight += 1
         counts.on_trial += self._trial
         counts.pending += self.pending
+        counts.unread += self.pending > 0
         counts.held += prompt.tokens
         counts.rate += self.pending / READ_MEMORY_S
 
@@ -6216,6 +6236,7 @@ class Lease:
         if learn:
             counts.until(now)
         counts.pending -= self.pending
+        counts.unread -= self.pending > 0
         counts.read += self.pending
         member.hit_rate.since += self._cached
         if learn and self._ahead:
@@ -6249,6 +6270,7 @@ class Lease:
             counts.in_flight -= 1
             counts.on_trial -= self._trial
             counts.pending -= self.pending
+            counts.unread -= self.pending > 0
             counts.held -= self._tokens
             self.pending = 0
             if member.view.draining and not counts.in_flight:
@@ -6712,32 +6734,35 @@ class Roster:
 # ══════════
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and for the
-# running answers that wait while its prompt is read.  With a step's seconds s and a prompt token's
-# r (`Pace`), n requests in the engine, and W the share of the last seconds that it spent reading:
+# requests that wait while its prompt is read.  With a step's seconds s and a prompt token's r
+# (`Pace`), n requests in the engine, and W the share of the last seconds that it spent reading:
 #
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
 #     first    = (prompts ahead + uncached tokens) × r + 1.5 × s × slowdown + waits
 #     answer   = tokens × s × slowdown × √slowdown
-#     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens)
+#     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens + 2 × prompts ahead)
 #     late     = 15 × (late answers with the call − late answers without it)
-#     cost     = (3 + 4 × first, at most 4) × first + answer + others + late
+#     cost     = 4 × first + answer + others + late
 #
-# where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  √slowdown
-# stands for half of what one more request does to the answers beside it.  An answer is late if it
+# where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
+# that are read in one step are answered together, so those ahead wait for this one as far as it
+# fits into their step.  √slowdown stands for half of what one more request does to the answers
+# beside it.  An answer is late if it
 # takes more than `slo_token` seconds a token, s × slowdown.  In a fleet with more work than it can
 # do in time, all servers would be a little too slow without the last term; with it, only as many
 # as must be.  All of these numbers have been varied on a simulated fleet, with workloads of all
 # kinds: half and twice change little.
 
-FIRST_WEIGHT = 3.0  # people mind waiting for the first token most,
-FIRST_GROWTH, FIRST_LONG_S = 4.0, 0.25  # by so much more a second until this, if it takes long
+FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
 READING_SHARE = 0.8  # the largest W
 LEAST_NEW_TOKENS = 16  # the prompt's last tokens are always read
 OTHERS_MEAN = 0.5  # of m: requests that are there while the prompt is read
 OTHERS_SOON = 10  # m is at most this plus twice the present requests
 OTHERS_TOKENS = 25.0  # tokens of each running answer that reading delays
+OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
+STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
-LATE_FROM, LATE_TO = 0.95, 1.05  # of slo_token as predicted: no answer is late here, all are there
+LATE_FROM, LATE_TO = 0.95, 1.0  # of slo_token as predicted: no answer is late here, all are there
 KV_GROWTH = 128  # tokens of KV cache that each request will need on average
 
 
@@ -6761,8 +6786,7 @@ class Estimate(NamedTuple):
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
         late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
-        weight = FIRST_WEIGHT + FIRST_GROWTH * min(FIRST_LONG_S, self.first_s)
-        return (f"{tried}{weight:.3g} × first token {self.first_s:.3g}"
+        return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
                 f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f})"
@@ -6833,13 +6857,17 @@ def condition_of(
     """The fields of a server's Condition, with a share of its capacity to use."""
     counts, report, pace, running = view.counts, view.report, view.pace, float(ours)
     step_s = pace.step_s
-    token_s = step_s * pace.prompt_steps
+    token_s, rate = step_s * pace.prompt_steps, 0.0
     if report.foreign:
-        running += view.foreign(now, interval_s)
+        foreign = view.foreign(now, interval_s)
+        running += foreign
+        rate = max(0.0, view.learned.foreign_read) * foreign / report.foreign
     crowd = DOUBLED_BY * view.settings.weight * share
     slowdown = 1 + (running + 1) / crowd
     if counts.rate and (fades := 1 - (now - counts.at) / READ_MEMORY_S) > 0:
-        slowdown /= 1 - min(READING_SHARE, token_s * counts.rate * fades)
+        rate += counts.rate * fades
+    if rate:
+        slowdown /= 1 - min(READING_SHARE, token_s * rate)
     paced_s, room = step_s * slowdown, report.kv_room - counts.held - KV_GROWTH * (running + 1)
     slowdown *= math.sqrt(slowdown)
     return (view, ours, counts, counts.rate, token_s, paced_s, step_s * slowdown, running,
@@ -6872,6 +6900,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     late, in_time_s = min(1.0, OTHERS_TOKENS / max(1.0, length)), LATE_FROM * slo_s or INFINITY
     if length <= 1:  # prefill: the requests there come first, and no answers run
         mean, late, in_time_s = 0.0, 0.0, INFINITY
+    step_tokens = STEP_TOKENS if length > 1 else 0
     tried_at = now if tokens <= RETEST_TOKENS else -INFINITY
     kept, shares = conditions.of(eligible), eligible.slow_start
     out = list[tuple[Any, ...]]()
@@ -6883,7 +6912,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         if view is not seen or ours != known or counts.rate != rate:
             kept[n] = condition = condition_of(view, ours, shares[n] if shares else 1.0, now,
                                              interval_s)
-            (_, _, _, _, token_s, paced_s, answer_token_s, running, soon, room,
+            (_, _, counts, _, token_s, paced_s, answer_token_s, running, soon, room,
              retest_at, _, _, crowd) = condition
         new, wait_s, late_s = tokens - cached, 0.0, 0.0
         if new < LEAST_NEW_TOKENS:
@@ -6895,12 +6924,16 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
             late_s = lateness_s(paced_s, slo_s, running, crowd)
         if soon > mean:
             soon = mean
-        first_s = (pending + new) * token_s + FIRST_STEPS * paced_s + wait_s
+        reading_s = new * token_s
+        first_s = reading_s + FIRST_STEPS * paced_s + wait_s
         answer_s = length * answer_token_s
-        others_s = (OTHERS_MEAN * soon + late * running) * new * token_s
-        soon_s = first_s if first_s < FIRST_LONG_S else FIRST_LONG_S
-        weight = FIRST_WEIGHT + FIRST_GROWTH * soon_s
-        cost_s = weight * first_s + answer_s + others_s + late_s
+        others_s = (OTHERS_MEAN * soon + late * running) * reading_s
+        if pending:
+            first_s += pending * token_s
+            if (left := step_tokens - pending) > 0:
+                fitting_s = reading_s if new < left else left * token_s
+                others_s += OTHERS_UNREAD * counts.unread * fitting_s
+        cost_s = FIRST_WEIGHT * first_s + answer_s + others_s + late_s
         if tried_at > retest_at:
             cost_s = 0.0  # otherwise it is more
         out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, new, condition))
@@ -8753,6 +8786,7 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
         "status": view.healthy, "health_status": view.health.state.value,
         "in_flight": view.counts.in_flight, "pending_prompt_tokens": view.counts.pending,
         "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
+        "foreign_prompt_tokens_per_second": max(0, round(view.learned.foreign_read)),
         "step_ms": round(1e3 * view.pace.step_s, 3), "step_samples": view.pace.samples,
         "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {

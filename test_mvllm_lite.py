@@ -5125,6 +5125,45 @@ def test_reports_say_nothing_of_a_step_while_prompts_of_ours_are_read():
     assert fleet.view("s0").pace.samples == 1
 
 
+FOREIGN_READ = table(  # reports 0.5 s apart: running, read, generated, cached; 1,000 are ours
+    ("nobody else reads", [(4, 0, 0), (4, 1000, 90)], 0, 0.0),
+    ("others do", [(9, 0, 0), (9, 2000, 90)], 0, 2000.0),
+    ("what was cached is not read", [(9, 0, 0), (9, 5000, 90, 3000)], 0, 2000.0),
+    ("without others there is an error", [(4, 0, 0), (4, 2000, 90)], 0, 0.0),
+    ("the engine counts ours before its answer begins", [(9, 0, 0), (9, 1000, 90), (9, 1000, 180)],
+     1, 0.0),
+    ("or after the answer has begun", [(9, 0, 0), (9, 0, 90), (9, 1000, 180)], 0, 0.0),
+    ("a restart", [(9, 0, 0), (9, 9000, 90), (9, 500, 9)], 0, 0.0),
+    ("no counters", [(9, None, 0), (9, 9000, 90)], 0, 0.0),
+)
+
+
+@pytest.mark.parametrize("said, begins, tokens_per_s", FOREIGN_READ)
+def test_what_a_server_reads_for_others_is_learned_from_reports(said, begins, tokens_per_s):
+    fleet = fleet_of(16)
+    fleet.lease("s0", 0.0, lite.Prompt(0))
+    ours = fleet.lease("s0", 0.0, lite.Prompt(1000))
+    for n, (running, read, made, *hits) in enumerate(said):
+        if n == begins + 1:
+            ours.answered(n * 0.5, False)
+        fleet.scraped("s0", lite.EngineLoad(
+            running, 0, 0.1, tokens=None if read is None else read + made, generation_tokens=made,
+            prefix_hits=sum(hits)), 4, n * 0.5)
+    found = fleet.view("s0").learned.foreign_read
+    assert found == pytest.approx(tokens_per_s * (1 - math.exp(-0.1)), abs=20)
+
+
+def test_a_server_that_reads_for_others_is_slower():
+    times = []
+    for tokens_per_s in (-500.0, 0.0, 3000.0):
+        view = server(0, load=(7, 0, 0.0))
+        view = view._replace(learned=view.learned._replace(foreign_read=tokens_per_s))
+        ranking = judged([view])
+        times.append(lite.estimate_of(ranking.eligible.estimates[0]).slowdown ** (2 / 3))
+    share = 3000 * lite.STEP_S * lite.PROMPT_STEPS
+    assert times == pytest.approx([1.08, 1.08, 1.08 / (1 - share)])
+
+
 def reads(fleet, tokens, steps, at=0.0, learn=True):
     """One prompt of so many tokens, answered after so many steps."""
     lease = fleet.lease("s0", at, lite.Prompt(tokens))
@@ -5601,7 +5640,7 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
     counts = lite.Counts(**taken("in_flight", "on_trial", "pending"))
     pace = lite.Pace(known.pop("step_s", lite.STEP_S))
     for part, name in ((pace, "retest_at"), (pace, "samples"), (pace, "prompt_steps"),
-                       (counts, "rate"), (counts, "at"), (counts, "held")):
+                       (counts, "rate"), (counts, "at"), (counts, "held"), (counts, "unread")):
         setattr(part, name, known.pop(name, getattr(part, name)))
     return lite.ServerView(
         url, url, set_, lite.Health(state, reason, since), counts, pace, report=report,
@@ -6047,14 +6086,11 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0):
     slowdown = alone / (1 - min(0.8, s * view.pace.prompt_steps * view.counts.rate * fades))
     r, before = s * view.pace.prompt_steps, slowdown * (1 - 1 / (alone * 100 * view.settings.weight
                                                                 * share))
-    late = [min(1, max(0, 10 * s * times / 0.05 - 9.5)) for times in (slowdown, before)]
-    return ((view.counts.pending + new) * r + 1.5 * s * slowdown,
-            200 * s * slowdown**1.5, new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8),
+    late = [min(1, max(0, 20 * s * times / 0.05 - 19)) for times in (slowdown, before)]
+    together = max(0, min(new, 4096 - view.counts.pending)) * view.counts.unread
+    return ((view.counts.pending + new) * r + 1.5 * s * slowdown, 200 * s * slowdown**1.5,
+            new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8) + 2 * together * r,
             15 * ((n + 1) * late[0] - n * late[1]))
-
-
-def weighed(first):
-    return (3 + 4 * min(first, 0.25)) * first
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
@@ -6066,6 +6102,11 @@ UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and sh
     ("of which it has some", [{}], 2000, [1500], {}),
     ("of which it has all: the last tokens are read", [{}], 2000, [2000], {}),
     ("prompts ahead", [{"pending": 9000, "in_flight": 3}], 2000, [500], {}),
+    ("prompts that are read in the same step", [{"pending": 900, "unread": 2, "in_flight": 3}],
+     2000, [500], {}),
+    ("as far as they fit into it", [{"pending": 3500, "unread": 2, "in_flight": 3}], 2000, [500],
+     {}),
+    ("they fill it", [{"pending": 9000, "unread": 2, "in_flight": 3}], 2000, [500], {}),
     ("beside answers that it delays", [{"in_flight": 20}, {}], 2000, [0, 0], {}),
     ("a slow reader", [{"prompt_steps": 0.02}], 2000, [0], {}),
     ("it reads all the time", [{"rate": 3000.0, "at": NOW}], 0, [0], {}),
@@ -6104,15 +6145,15 @@ def test_the_cost_that_is_the_default_and_its_words(views, tokens, cached, more)
     for view, known, cost, words in zip(servers, cached, ranking.costs,
                                         ranking.policy.terms(ranking.eligible)):
         first, answer, others, late = costs_by_hand(view, tokens, known, mean, **more)
-        assert cost == pytest.approx(weighed(first) + answer + others + late)
+        assert cost == pytest.approx(4 * first + answer + others + late)
         told = re.fullmatch(
-            r"(\S+) × first token (\S+) \(pending \d+ \+ uncached \d+ at [\d,]+/s\)"
+            r"4 × first token (\S+) \(pending \d+ \+ uncached \d+ at [\d,]+/s\)"
             r" \+ answer (\S+) \(200 tokens at (\S+) ms × ([\d.]+)\) \+ others (\S+)"
             r"(?: \+ late (\S+))?", words)
         assert told, words
-        assert [float(told[n] or 0) for n in (1, 2, 3, 6, 7)] == pytest.approx(
-            [weighed(first) / first, first, answer, others, late], rel=0.06)
-        assert float(told[4]) * float(told[5]) / 5 == pytest.approx(answer, rel=0.06)
+        assert [float(told[n] or 0) for n in (1, 2, 5, 6)] == pytest.approx(
+            [first, answer, others, late], rel=0.06)
+        assert float(told[3]) * float(told[4]) / 5 == pytest.approx(answer, rel=0.06)
     assert ranking.best == servers[ranking.costs.index(min(ranking.costs))].id
 
 
@@ -6138,7 +6179,7 @@ def test_a_request_waits_where_there_is_no_room_for_it(known, answers):
     ranking = judged([view], tokens=1000)
     first, answer, others, _ = costs_by_hand(view, 1000, 0, view.counts.in_flight)
     pace_s = 200 * 0.015 * (1 + (view.counts.in_flight + 1) / 100)
-    assert ranking.costs[0] == pytest.approx(weighed(first + answers * pace_s) + answer + others)
+    assert ranking.costs[0] == pytest.approx(4 * (first + answers * pace_s) + answer + others)
     assert ("waits" in ranking.why()) is bool(answers)
 
 
@@ -6363,7 +6404,8 @@ def test_no_server_gets_much_more_than_its_share_of_a_burst(policy, capacities, 
     ("least: in proportion", "least", 0, (64, 48, 32, 16)),
     ("unified: most to the fastest, until they are as slow as others", "unified", 0,
      (88, 55, 17, 0)),
-    ("unified: equals share equally", "unified", 2000, (40, 40, 40, 40)),
+    ("unified: equals share equally", "unified", 1000, (40, 40, 40, 40)),
+    ("unified: if that makes all of them late, one is late", "unified", 2000, (61, 33, 33, 33)),
 ))
 def test_a_burst_fills_a_fleet_by_size_or_by_speed(policy, tokens, expected):
     fleet = fleet_of(64, 48, 32, 16)
@@ -6444,7 +6486,7 @@ def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
              for now in (100.0, 100.05, 105.0, 110.0)]
     view = fleet.view("s0")
     by_hand = [costs_by_hand(view, 0, 0, 0.0, share) for share in (0.1, 0.1045, 0.55, 1.0)]
-    assert costs == pytest.approx([weighed(first) + sum(others) for first, *others in by_hand])
+    assert costs == pytest.approx([4 * first + sum(others) for first, *others in by_hand])
 
 
 def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
