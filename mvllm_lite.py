@@ -5622,8 +5622,15 @@ class Pace:
         """Learn the tokens in each event of a stream."""
         self.tokens_per_event += ANSWER_WEIGHT * (tokens_per_event - self.tokens_per_event)
 
-    def prompt_read(self, seconds: float, tokens: int, running: float) -> None:
-        """Learn from an answer that began after so many tokens of prompts, its own last."""
+    def prompt_read(
+        self, seconds: float, tokens: int, running: float, only_at: float | None = None
+    ) -> None:
+        """Learn from an answer that began after so many tokens of prompts, its own last.  `only_at`
+        is the present time if the server only reads prompts, so that no answers tell its step."""
+        if only_at is not None:
+            self.worked(seconds, FIRST_STEPS, running, tokens,
+                        ANSWER_WEIGHT * min(1.0, tokens / PROMPT_TRUSTED_TOKENS), only_at)
+            return
         if tokens <= PROMPT_SAMPLE_TOKENS:
             return
         steps = seconds / self.step_s - FIRST_STEPS * (1 + running / DOUBLED_BY)
@@ -6240,7 +6247,9 @@ class Lease:
         counts.read += self.pending
         member.hit_rate.since += self._cached
         if learn and self._ahead:
-            member.view.pace.prompt_read(now - self._sent_at, self._ahead, counts.in_flight)
+            member.view.pace.prompt_read(
+                now - self._sent_at, self._ahead, counts.in_flight,
+                now if member.view.settings.role == "prefill" else None)
         if self._fresh:
             member.cache.confirm(self._fresh)
         self._begun = now, counts.request_s, counts.read

@@ -5125,6 +5125,18 @@ def test_reports_say_nothing_of_a_step_while_prompts_of_ours_are_read():
     assert fleet.view("s0").pace.samples == 1
 
 
+@pytest.mark.parametrize("role, tokens, step_s", table(
+    ("it reads half as fast as thought", "prefill", 2000, 0.015),
+    ("a short prompt tells, too", "prefill", 100, 0.015),
+    ("it makes answers, which tell more", "decode", 2000, 0.01),
+))
+def test_the_step_of_a_server_that_only_reads_is_learned_from_that(role, tokens, step_s):
+    fleet = Fleet([server(0, role=role, step_s=0.01)])
+    steps = 1.5 * 1.01 + tokens * lite.PROMPT_STEPS
+    fleet.lease("s0", NOW, lite.Prompt(tokens)).answered(NOW + steps * 0.02, True)
+    assert fleet.view("s0").pace.step_s == pytest.approx(step_s)
+
+
 FOREIGN_READ = table(  # reports 0.5 s apart: running, read, generated, cached; 1,000 are ours
     ("nobody else reads", [(4, 0, 0), (4, 1000, 90)], 0, 0.0),
     ("others do", [(9, 0, 0), (9, 2000, 90)], 0, 2000.0),
