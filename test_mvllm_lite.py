@@ -7155,8 +7155,8 @@ def test_the_choice_in_one_line():
     views = [server(0, load=(0, 0, 0.25)), server(1, load=(0, 0, 0.25)), server(2, draining=True)]
     ranking = judged(views, cached=[600, 0, 0], tokens=1000)
     assert ranking.why() == (
-        "s0 3.22 s = 3.22 x first token 0.0557 (pending 0 + uncached 400 at 12,121/s)"
-        " + answer 3.05 (200 tokens at 15 ms x 1.02) + others 0; next s1 3.41 s")
+        "s0 3.27 s = 4 x first token 0.0557 (pending 0 + uncached 400 at 12,121/s)"
+        " + answer 3.05 (200 tokens at 15 ms x 1.02) + others 0; next s1 3.47 s")
     assert judged([server(0)], "least").why() == (
         "s0 cost 0.0625 = (in_flight 0 + foreign 0 + 1) / capacity 16 / slow_start 1")
     assert judged([server(0, state=State.UNHEALTHY)]).why() == "no server"
@@ -11158,7 +11158,7 @@ async def test_who_asks_is_told_why():
         assert (await client.post(body=CHAT)).get("x-mvllm-why") is None
         why = (await client.post(body=CHAT, fields=["X-MVLLM-Why: 1"])).get("x-mvllm-why")
         assert re.fullmatch(
-            r"http://\S+ [\d.]+ s = 3[\d.]* x first token [\d.]+"
+            r"http://\S+ [\d.]+ s = 4 x first token [\d.]+"
             r" \(pending 0 \+ uncached \d+ at [\d,]+/s\) \+ answer [\d.]+"
             r" \(200 tokens at [\d.]+ ms x [\d.]+\) \+ others [\d.]+;"
             r" next http://\S+ [\d.]+ s", why)
