@@ -5514,7 +5514,7 @@ PROMPT_TRUSTED_TOKENS = 2000
 PROMPT_WEIGHT = 0.05
 FIRST_STEPS = 1.5  # until a token that is due is made: the step under way, and its own
 RETEST_S = 60.0  # after so long without samples, an idle server may have changed,
-RETEST_SLOWED_S = 5.0  # and sooner if it has slowed down; the pause doubles with each try
+RETEST_CHANGED_S = 5.0  # and sooner if it was found to; the pause doubles with each try
 RETEST_NEW_S = 5.0  # the same for a new server
 RETEST_LIMIT_S = 300.0
 RETEST_TOKENS = 512  # the longest prompt to try it with
@@ -5598,10 +5598,8 @@ class Pace:
         and read so many tokens of prompts.  The sample counts by `weight`, early ones more."""
         known, steps = self.step_s, tokens * (1 + running / DOUBLED_BY) + read * self.prompt_steps
         found = min(PACE_CLAMP * known, max(known / PACE_CLAMP, seconds / steps))
-        if found > 1.5 * known:
-            self.retest_s = RETEST_SLOWED_S
-        elif found < 0.7 * known:
-            self.retest_s = RETEST_S
+        if found > 1.5 * known or found < 0.7 * known:
+            self.retest_s = RETEST_CHANGED_S
         self.samples += 1
         if self.samples * weight < 1:
             weight = max(weight, 1 / (1 + self.samples))
