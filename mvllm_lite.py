@@ -5556,7 +5556,7 @@ class Pace:
     """A server's speed as it was learned; changed in place."""
 
     __slots__ = ("step_s", "prompt_steps", "samples", "retest_s", "retest_at",
-                 "tokens_per_event", "change", "usual_s", "usual_count")
+                 "tokens_per_event", "change", "usual_s", "usual_count", "trying")
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.step_s = step_s  # for one token of an answer, without other work
@@ -5564,6 +5564,7 @@ class Pace:
         self.samples = 0  # since it was new, or idle for long
         self.retest_s = RETEST_S  # the pause without samples before it is tried,
         self.retest_at = INFINITY  # and its end
+        self.trying = False  # a try's answer has not begun
         self.tokens_per_event = 1.0  # of its streams
         self.usual_s, self.usual_count = step_s, 0  # its mean, and of how many samples
         self.change = 0  # at the last look, its streams were slower (1) or faster (-1) than known
@@ -5588,6 +5589,7 @@ class Pace:
 
     def tried(self, now: float) -> None:
         """Note a request after a long pause, whose sample will count as much as what is known."""
+        self.trying = True
         self.samples, self.retest_s = min(self.samples, 1), min(RETEST_LIMIT_S, 2 * self.retest_s)
         self.retest_at = now + self.retest_s
 
@@ -5621,13 +5623,14 @@ class Pace:
         self.tokens_per_event += ANSWER_WEIGHT * (tokens_per_event - self.tokens_per_event)
 
     def prompt_read(
-        self, seconds: float, tokens: int, running: float, only_at: float | None = None
+        self, seconds: float, tokens: int, running: float, now: float, only: bool = False
     ) -> None:
-        """Learn from an answer that began after so many tokens of prompts, its own last.  `only_at`
-        is the present time if the server only reads prompts, so that no answers tell its step."""
-        if only_at is not None:
+        """Learn from an answer that began after so many tokens of prompts, its own last.  That
+        tells the step, too, if the server `only` reads prompts, or was just tried."""
+        if only or self.trying:
+            self.trying = False
             self.worked(seconds, FIRST_STEPS, running, tokens,
-                        ANSWER_WEIGHT * min(1.0, tokens / PROMPT_TRUSTED_TOKENS), only_at)
+                        ANSWER_WEIGHT * min(1.0, tokens / PROMPT_TRUSTED_TOKENS), now)
             return
         if tokens <= PROMPT_SAMPLE_TOKENS:
             return
@@ -6245,9 +6248,9 @@ class Lease:
         counts.read += self.pending
         member.hit_rate.since += self._cached
         if learn and self._ahead:
+            only = member.view.settings.role == "prefill"
             member.view.pace.prompt_read(
-                now - self._sent_at, self._ahead, counts.in_flight,
-                now if member.view.settings.role == "prefill" else None)
+                now - self._sent_at, self._ahead, counts.in_flight, now, only)
         if self._fresh:
             member.cache.confirm(self._fresh)
         self._begun = now, counts.request_s, counts.read
@@ -6262,7 +6265,8 @@ class Lease:
         counts.until(now)
         if seconds > 0:
             running = (counts.request_s - request_s) / seconds + view.report.foreign
-            view.pace.answered(seconds, tokens - 1, running, counts.read - read, now)
+            read_meanwhile = counts.read - read + seconds * max(0.0, view.learned.foreign_read)
+            view.pace.answered(seconds, tokens - 1, running, read_meanwhile, now)
             if events:
                 view.pace.counted(tokens / events)
         self._fleet.answer_ended(view, model, tokens)
@@ -6463,6 +6467,7 @@ class Fleet:
         if streams and 0 < now - at <= STREAMS_LIMIT_S:
             running = (counts.request_s - request_s) / (now - at) + view.report.foreign
             most = counts.read - read + counts.pending
+            most += (now - at) * max(0.0, view.learned.foreign_read)
             view.pace.streamed(now - at, events, streams, running, most, now)
 
     def said_busy(self, id: str, now: float) -> None:
@@ -6762,6 +6767,7 @@ class Roster:
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
 READING_SHARE = 0.8  # the largest W
+FOREIGN_WEIGHT = 0.7  # in W, of what is read for others: the rest shows in the step's time
 LEAST_NEW_TOKENS = 16  # the prompt's last tokens are always read
 OTHERS_MEAN = 0.5  # of m: requests that are there while the prompt is read
 OTHERS_SOON = 10  # m is at most this plus twice the present requests
@@ -6868,7 +6874,7 @@ def condition_of(
     if report.foreign:
         foreign = view.foreign(now, interval_s)
         running += foreign
-        rate = max(0.0, view.learned.foreign_read) * foreign / report.foreign
+        rate = FOREIGN_WEIGHT * max(0.0, view.learned.foreign_read) * foreign / report.foreign
     crowd = DOUBLED_BY * view.settings.weight * share
     slowdown = 1 + (running + 1) / crowd
     if counts.rate and (fades := 1 - (now - counts.at) / READ_MEMORY_S) > 0:

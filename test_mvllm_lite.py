@@ -5125,13 +5125,16 @@ def test_reports_say_nothing_of_a_step_while_prompts_of_ours_are_read():
     assert fleet.view("s0").pace.samples == 1
 
 
-@pytest.mark.parametrize("role, tokens, step_s", table(
-    ("it reads half as fast as thought", "prefill", 2000, 0.015),
-    ("a short prompt tells, too", "prefill", 100, 0.015),
-    ("it makes answers, which tell more", "decode", 2000, 0.01),
+@pytest.mark.parametrize("role, tokens, step_s, retest_at", table(
+    ("it reads half as fast as thought", "prefill", 2000, 0.015, math.inf),
+    ("a short prompt tells, too", "prefill", 100, 0.015, math.inf),
+    ("it makes answers, which tell more", "decode", 2000, 0.01, math.inf),
+    ("a try, whose answer may be too short to tell", "decode", 100, 0.015, 0.0),
 ))
-def test_the_step_of_a_server_that_only_reads_is_learned_from_that(role, tokens, step_s):
-    fleet = Fleet([server(0, role=role, step_s=0.01)])
+def test_the_step_of_a_server_is_learned_from_reading_where_answers_do_not_tell_it(
+    role, tokens, step_s, retest_at
+):
+    fleet = Fleet([server(0, role=role, step_s=0.01, retest_at=retest_at)])
     steps = 1.5 * 1.01 + tokens * lite.PROMPT_STEPS
     fleet.lease("s0", NOW, lite.Prompt(tokens)).answered(NOW + steps * 0.02, True)
     assert fleet.view("s0").pace.step_s == pytest.approx(step_s)
@@ -5165,6 +5168,16 @@ def test_what_a_server_reads_for_others_is_learned_from_reports(said, begins, to
     assert found == pytest.approx(tokens_per_s * (1 - math.exp(-0.1)), abs=20)
 
 
+def test_the_time_that_it_reads_for_others_is_not_taken_for_a_slow_step():
+    view = server(0, step_s=0.01)
+    fleet = Fleet([view._replace(learned=view.learned._replace(foreign_read=1000.0))])
+    lease = fleet.lease("s0", 0.0, lite.Prompt(100))
+    lease.answered(1.0, True)
+    steps = 100 * 1.01 + 2 * 1000 * lite.PROMPT_STEPS  # in two seconds
+    lease.complete(3.0, 101, "m")
+    assert fleet.view("s0").pace.step_s == pytest.approx((0.01 + 2 / steps) / 2)
+
+
 def test_a_server_that_reads_for_others_is_slower():
     times = []
     for tokens_per_s in (-500.0, 0.0, 3000.0):
@@ -5172,7 +5185,7 @@ def test_a_server_that_reads_for_others_is_slower():
         view = view._replace(learned=view.learned._replace(foreign_read=tokens_per_s))
         ranking = judged([view])
         times.append(lite.estimate_of(ranking.eligible.estimates[0]).slowdown ** (2 / 3))
-    share = 3000 * lite.STEP_S * lite.PROMPT_STEPS
+    share = 0.7 * 3000 * lite.STEP_S * lite.PROMPT_STEPS
     assert times == pytest.approx([1.08, 1.08, 1.08 / (1 - share)])
 
 
