@@ -6149,6 +6149,11 @@ def foreign_read_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> 
     return known + (1 - math.exp(-elapsed_s / READ_MEMORY_S)) * (found - known)
 
 
+def foreign_read_per_s(view: ServerView) -> float:
+    """The tokens of others' prompts that a server reads per second."""
+    return max(0.0, view.learned.foreign_read)
+
+
 def learned_after(
     view: ServerView, load: EngineLoad, now: float, hit_rate: HitRate, views: Iterable[ServerView]
 ) -> Learned:
@@ -6265,7 +6270,7 @@ class Lease:
         counts.until(now)
         if seconds > 0:
             running = (counts.request_s - request_s) / seconds + view.report.foreign
-            read_meanwhile = counts.read - read + seconds * max(0.0, view.learned.foreign_read)
+            read_meanwhile = counts.read - read + seconds * foreign_read_per_s(view)
             view.pace.answered(seconds, tokens - 1, running, read_meanwhile, now)
             if events:
                 view.pace.counted(tokens / events)
@@ -6467,7 +6472,7 @@ class Fleet:
         if streams and 0 < now - at <= STREAMS_LIMIT_S:
             running = (counts.request_s - request_s) / (now - at) + view.report.foreign
             most = counts.read - read + counts.pending
-            most += (now - at) * max(0.0, view.learned.foreign_read)
+            most += (now - at) * foreign_read_per_s(view)
             view.pace.streamed(now - at, events, streams, running, most, now)
 
     def said_busy(self, id: str, now: float) -> None:
@@ -6759,11 +6764,10 @@ class Roster:
 # where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
 # that are read in one step are answered together, so those ahead wait for this one as far as it
 # fits into their step.  √slowdown stands for half of what one more request does to the answers
-# beside it.  An answer is late if it
-# takes more than `slo_token` seconds a token, s × slowdown.  In a fleet with more work than it can
-# do in time, all servers would be a little too slow without the last term; with it, only as many
-# as must be.  All of these numbers have been varied on a simulated fleet, with workloads of all
-# kinds: half and twice change little.
+# beside it.  An answer is late if it takes more than `slo_token` seconds a token, s × slowdown.  In
+# a fleet with more work than it can do in time, all servers would be a little too slow without the
+# last term; with it, only as many as must be.  All of these numbers have been varied on a simulated
+# fleet, with workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
 READING_SHARE = 0.8  # the largest W
@@ -6874,7 +6878,7 @@ def condition_of(
     if report.foreign:
         foreign = view.foreign(now, interval_s)
         running += foreign
-        rate = FOREIGN_WEIGHT * max(0.0, view.learned.foreign_read) * foreign / report.foreign
+        rate = FOREIGN_WEIGHT * foreign_read_per_s(view) * foreign / report.foreign
     crowd = DOUBLED_BY * view.settings.weight * share
     slowdown = 1 + (running + 1) / crowd
     if counts.rate and (fades := 1 - (now - counts.at) / READ_MEMORY_S) > 0:
@@ -8799,7 +8803,7 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
         "status": view.healthy, "health_status": view.health.state.value,
         "in_flight": view.counts.in_flight, "pending_prompt_tokens": view.counts.pending,
         "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
-        "foreign_prompt_tokens_per_second": max(0, round(view.learned.foreign_read)),
+        "foreign_prompt_tokens_per_second": round(foreign_read_per_s(view)),
         "step_ms": round(1e3 * view.pace.step_s, 3), "step_samples": view.pace.samples,
         "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {
@@ -8986,6 +8990,9 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "server_prompt_tokens_per_second": (
         "How fast a server reads prompts, as learned.",
         lambda v: v.pace.prompt_tokens_per_s or None),
+    "server_foreign_prompt_tokens_per_second": (
+        "Prompt tokens that a server reads for others, as learned.",
+        foreign_read_per_s),
     "server_step_seconds": (
         "Time for a token of an answer on an idle server, as learned.",
         lambda v: v.pace.step_s if v.pace.samples else None),
@@ -9606,6 +9613,7 @@ class ServerStatus(TypedDict):
     retries: int  # of these, those followed by another
     pending_prompt_tokens: int
     prompt_tokens_per_second: int
+    foreign_prompt_tokens_per_second: int  # that it reads for others
     step_ms: float | None  # a token of an answer takes, if it has no other work
     stale: bool  # its metrics are old
     history: list[float]  # its load as a share of its capacity, one a second
@@ -9738,6 +9746,7 @@ def status_of(
         "errors": history.failed - before.failed, "retries": history.retries - before.retries,
         "pending_prompt_tokens": view.counts.pending,
         "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
+        "foreign_prompt_tokens_per_second": round(foreign_read_per_s(view)),
         "step_ms": round(1e3 * view.pace.step_s, 2) if view.pace.samples else None,
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
@@ -23164,6 +23173,8 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     pending, speed = (
         short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
     read = f"read at {speed} tokens/s" if speed != "0" else "its speed was not seen yet"
+    if foreign := server["foreign_prompt_tokens_per_second"]:
+        read += f"; for others it reads {short_number(foreign)} tokens/s"
     yield "prompts", f"{pending} tokens not answered yet, {read}", Style.PLAIN
     step = f"{step_ms:.3g} ms" if (step_ms := server["step_ms"]) else "not learned yet"
     yield "pace", f"{step} for a token of an answer, with no other work", Style.PLAIN
@@ -24267,7 +24278,9 @@ function showServer(url, server) {
     + (learned && server.capacity_seen === false ? ": assumed, until there is traffic" : "")
     + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
   put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
-  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second || null));
+  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second || null)
+    + (server.foreign_prompt_tokens_per_second > 0
+      ? `; for others it reads ${num(server.foreign_prompt_tokens_per_second)}` : ""));
   put(part.step_ms, known(server.step_ms) ? server.step_ms + " ms" : "–");
   fill(part.every_model, models);
   fill(part.last_errors, list(server.last_errors).map(text));

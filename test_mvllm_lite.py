@@ -20271,6 +20271,13 @@ def test_a_server_in_trouble_stands_on_top_with_words_and_the_title_counts_it(
     assert text[:30] in lines[head + 2] or text[:12] in lines[head + 1]
 
 
+def test_the_detail_says_what_a_server_reads_for_others():
+    told = {label: text for label, text, _ in lite.facts(
+        shown_server(1, foreign_prompt_tokens_per_second=400), Look(True))}
+    assert told["prompts"] == (
+        "1200 tokens not answered yet, read at 9000 tokens/s; for others it reads 400 tokens/s")
+
+
 def test_the_detail_says_once_why_a_server_is_out():
     slow = lite.Trouble("warn", "slow", "44 ms a token")._asdict()
     for server, told in ((shown_server(1, state="unhealthy"), ["trouble"]),
@@ -20296,7 +20303,8 @@ def shown_server(n, **more):
         "capacity_seen": True, "capacity_note": "", "kv_usage_ratio": 0.42,
         "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
         "ttft_p95_s": 0.3, "errors": 0, "retries": 0, "pending_prompt_tokens": 1200,
-        "prompt_tokens_per_second": 9000, "step_ms": 12.3, "stale": False,
+        "prompt_tokens_per_second": 9000, "foreign_prompt_tokens_per_second": 0,
+        "step_ms": 12.3, "stale": False,
         "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
         "decisions": ["14:03:20 cost 107; next 10.0.0.2:8000 at 214"], **more,
     }
