@@ -1512,6 +1512,8 @@ POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
     "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
 )
 Clean = Callable[[Any], Any]  # returns the clean value, or raises ValueError with what was expected
+# Of the keys of an entry: each with whether others contradict it, and what was expected.
+Contradictions = tuple[tuple[str, object, str], ...]
 
 
 def setting(default: Any, check: Clean, meaning: str, env: str = "", restart: bool = False) -> Any:
@@ -1520,6 +1522,11 @@ def setting(default: Any, check: Clean, meaning: str, env: str = "", restart: bo
     metadata = {"check": check, "meaning": meaning, "env": env, "restart": restart}
     given = {} if default is REQUIRED else {"default": default}
     return dataclasses.field(metadata=metadata, **given)
+
+
+def settings_of(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that are settings, by name."""
+    return {field.name: field for field in dataclasses.fields(kind) if field.metadata}
 
 
 def real(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
@@ -1921,6 +1928,14 @@ class ModelSettings:
         """The name of the model in requests to its process."""
         return self.model if self.takes_port and self.model else self.alias
 
+    def contradictions(self) -> Contradictions:
+        return (
+            ("min_replicas", self.min_replicas > self.max_replicas,
+             f"max_replicas, {self.max_replicas}, at most"),
+            ("gpu_memory_utilization", self.gpu_memory_gb and self.gpu_memory_utilization,
+             "either this or gpu_memory_gb"),
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProfileSettings:
@@ -1937,8 +1952,7 @@ class ProfileSettings:
         (), list_of(string), "arguments and model paths that a registration may name")
 
 
-MODEL_FIELDS = {f.name: f for f in dataclasses.fields(ModelSettings)}
-PROFILE_FIELDS = {f.name: f for f in dataclasses.fields(ProfileSettings)}
+MODEL_FIELDS, PROFILE_FIELDS = settings_of(ModelSettings), settings_of(ProfileSettings)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1950,16 +1964,8 @@ class DeviceSettings:
         "memory of each GPU in GB, where it is not detected, or less should be used")
 
 
-DEVICE_FIELDS = {f.name: f for f in dataclasses.fields(DeviceSettings)}
+DEVICE_FIELDS = settings_of(DeviceSettings)
 LISTENS_OPENLY = "it names no loopback host: others may reach the model without the balancer"
-
-
-def model_troubles(model: ModelSettings) -> Iterator[tuple[str, str]]:
-    """Keys of a model that contradict each other, each with what was expected."""
-    if model.min_replicas > model.max_replicas:
-        yield "min_replicas", f"max_replicas, {model.max_replicas}, at most"
-    if model.gpu_memory_gb and model.gpu_memory_utilization:
-        yield "gpu_memory_utilization", "either this or gpu_memory_gb"
 
 
 def command_warnings(entry: ModelSettings | ProfileSettings) -> Iterator[tuple[str, str]]:
@@ -2078,6 +2084,12 @@ class KeySettings:
     max_requests: int = setting(0, integer(0), "its limit of requests in progress; 0: none")
     admin: bool = setting(False, boolean, "it also opens status and admin paths")
 
+    def contradictions(self) -> Contradictions:
+        return (
+            ("key_file", self.key and self.key_file, "no key_file beside key"),
+            ("name", not (self.key or self.key_file), "key or key_file with it"),
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KubernetesSettings:
@@ -2099,6 +2111,21 @@ class KubernetesSettings:
     token_file: str = setting("", file_path, "a file with a token, and")
     ca_file: str = setting("", file_path, "a file with certificates to trust")
     server: ServerSettings = ServerSettings("")  # the template of its servers
+
+    @property
+    def pool(self) -> str:
+        return self.server.pool
+
+    def contradictions(self) -> Contradictions:
+        selectors = self.selector or self.prefill_selector or self.decode_selector
+        return (
+            ("selector", not (selectors or self.service), "selector, or service"),
+            ("service", selectors and self.service, "no selector with it"),
+            ("kubeconfig", self.kubeconfig and self.api_server, "no api_server with it"),
+            ("token_file", self.token_file and not self.api_server, "api_server with it"),
+            ("ca_file", self.ca_file and not self.api_server,
+             "api_server with it (of pods: server_ca_file)"),
+        )
 
 
 class ClustersWanted(NamedTuple):
@@ -2388,13 +2415,11 @@ class Settings:
             self.models or self.devices or self.profiles or keyed or self.manager) or None
 
 
-CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
-SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
-DNS_FIELDS = {f.name: f for f in dataclasses.fields(DnsSettings) if f.metadata} | {
+CONFIG_FIELDS, SERVER_FIELDS = settings_of(Settings), settings_of(ServerSettings)
+DNS_FIELDS = settings_of(DnsSettings) | {
     name: field for name, field in SERVER_FIELDS.items() if name != "url"}
-SPLIT_FIELDS = {f.name: f for f in dataclasses.fields(DisaggregationSettings)}
-KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
-KUBERNETES_FIELDS = {f.name: f for f in dataclasses.fields(KubernetesSettings) if f.metadata}
+SPLIT_FIELDS, KEY_FIELDS = settings_of(DisaggregationSettings), settings_of(KeySettings)
+KUBERNETES_FIELDS = settings_of(KubernetesSettings)
 POD_FIELDS = KUBERNETES_FIELDS | {  # with those of servers, but for what a pod says itself
     key: field for key, field in SERVER_FIELDS.items()
     if key not in ("url", "refresh", "zmq_address", *KUBERNETES_FIELDS)}
@@ -2418,6 +2443,10 @@ RENAMED_KEYS = {"shape_file": "trace_file"}
 SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
             "worker_key": "registration_key", "worker_key_file": "registration_key_file",
             **RENAMED_KEYS}
+
+
+def current_name(key: str) -> str:
+    return SYNONYMS.get(key, key)
 
 
 # ══════════
@@ -2536,17 +2565,15 @@ def kubernetes_settings(**values: Any) -> KubernetesSettings:
     return KubernetesSettings(**own, server=ServerSettings("", ca_file=ca_file, **server))
 
 
-# For each list of tables: what is expected, and the kinds of entries by the key that identifies
-# them, with their fields.  An entry without such a key is of the first kind; '' needs no such key.
-LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]]] = {
-    "servers": ('a list like [{ url = "http://10.0.0.1:8000" }]',
-                {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)}),
-    "keys": ("a list of tables [[keys]]", {"name": (KeySettings, KEY_FIELDS)}),
-    "kubernetes": ("a list of tables [[kubernetes]]", {"": (kubernetes_settings, POD_FIELDS)}),
-    "disaggregation": ("a list of tables [[disaggregation]]",
-                       {"": (DisaggregationSettings, SPLIT_FIELDS)}),
-    "models": ("a list of tables [[models]]", {"alias": (ModelSettings, MODEL_FIELDS)}),
-    "profiles": ("a list of tables [[profiles]]", {"name": (ProfileSettings, PROFILE_FIELDS)}),
+# For each list of tables: the kinds of entries by the key that identifies them, with their fields.
+# An entry without such a key is of the first kind; '' needs no such key.
+LISTS: dict[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]] = {
+    "servers": {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)},
+    "keys": {"name": (KeySettings, KEY_FIELDS)},
+    "kubernetes": {"": (kubernetes_settings, POD_FIELDS)},
+    "disaggregation": {"": (DisaggregationSettings, SPLIT_FIELDS)},
+    "models": {"alias": (ModelSettings, MODEL_FIELDS)},
+    "profiles": {"name": (ProfileSettings, PROFILE_FIELDS)},
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -2569,60 +2596,67 @@ def parse_settings(
             text, line, end = "Unterminated", str(toml[: toml.rindex("'")].count("\n") + 1), ""
         text = toml_trouble(text, toml, int(line or 0)) + " at the end of the file" * bool(end)
         raise SettingsError([Complaint(source, int(line or 0), "", text)]) from None
-    return SettingsReader(document, toml, source).read(overrides or {})
+    return SettingsReader(document, toml, source, overrides or {}).read()
 
 
 class SettingsReader:
     """Walks a TOML document, and gathers values, complaints and warnings."""
 
-    def __init__(self, document: dict[str, Any], toml: str, source: str) -> None:
+    def __init__(
+        self, document: dict[str, Any], toml: str, source: str, overrides: Overrides
+    ) -> None:
         self.document, self.toml, self.source = document, toml, source
-        self.sources = set(document)  # tables given here or as overrides
-        self.bare: str | None = None  # the text without comments and values, for finding lines
         self.errors: list[Complaint] = []
         self.warnings: list[Complaint] = []
+        self.origins = {key: origin for key, (_, origin) in overrides.items()}
+        config = self.table("config")
+        self.kept = {key: value for key, value in config.items()
+                     if current_name(key) not in overrides}
+        # Tables given here or as overrides, and keys of [config] given here.
+        self.given = {*document, *map(current_name, config),
+                      *(overrides.keys() & {*TABLES, "manager"})}
+        values = {key: value for key, (value, _) in overrides.items()}
+        self.document = {**document, "config": self.kept | {
+            key: value for key, value in values.items() if key in CONFIG_FIELDS}}
+        self.document |= {key: value for key, value in values.items() if key in TABLES}
 
-    def read(self, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
+    def read(self) -> tuple[Settings, list[Complaint]]:
         self.warn_unknown(self.document, TABLES, ())
-        config = {key: value for key, value in self.table("config").items()
-                  if SYNONYMS.get(key, key) not in overrides}
-        values = self.values(config, CONFIG_FIELDS, ("config",))
-        for key, (value, origin) in overrides.items():
-            if key in CONFIG_FIELDS:
-                values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
-        self.sources |= {*(overrides.keys() & {*TABLES, "manager"}), *(
-            SYNONYMS.get(key, key) for key in self.table("config"))}
-        servers = self.servers(*overrides.get("servers", (None, "")))
-        aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
-            *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
-        models = self.models(*overrides.get("models", (None, "")))
+        values = self.values(self.table("config"), CONFIG_FIELDS, ("config",))
+        lists = {table: self.entries(table) for table in LISTS}
+        servers, models, keys = (lists[table].values() for table in ("servers", "models", "keys"))
+        aliases, split = self.aliases(), self.disaggregation(lists["disaggregation"])
         # A process started by a complete command may know its model by no other name.
-        aliases |= {one.alias: one.served for one in models.values() if one.served != one.alias}
+        aliases |= {one.alias: one.served for one in models if one.served != one.alias}
         if keys:
             values.setdefault("cors_allowed_origins", ("*",))
         policies, resumes = (
             {aliases.get(model, model): self.checked(CONFIG_FIELDS[key], value, (table, model))
              for model, value in self.table(table).items()}
             for table, key in (("policies", "policy"), ("resumes", "resume")))
-        pools = self.pools(servers, overrides.get("pools", (self.table("pools"), ""))[0])
-        kubernetes = self.kubernetes(pools, *overrides.get("kubernetes", (None, "")))
+        pools = self.pools(lists)
         used = {*policies.values(), *(policy for entry in split for policy in (
             entry.prefill_policy, entry.decode_policy))}
-        self.check_together(values, keys.values(), used)
-        if values.get("manager") and (kept := self.sources & {"models", "profiles", "devices"}):
+        self.check_together(values, keys, used)
+        if values.get("manager") and (here := self.given & {"models", "profiles", "devices"}):
             text = "no such table beside manager, which keeps the models"
-            self.errors.append(self.complaint_at((min(kept),), text))
-        profiles = tuple(self.entries("profiles", self.document.get("profiles", [])).values())
+            self.errors.append(self.complaint_at((min(here),), text))
         devices = self.values(self.table("devices"), DEVICE_FIELDS, ("devices",)).get("memory_gb")
         if self.errors:  # an unknown key may be a misspelling of a missing one: warn of it, too
             raise SettingsError([*dict.fromkeys(self.errors + self.warnings)])
-        urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
-        dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
-        origins = {SYNONYMS.get(key, key): self.line(("config", key)) for key in config}
-        origins |= {key: origin for key, (_, origin) in overrides.items()}
-        tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes,
-                  split, tuple(models.values()), profiles, devices or (), origins)
-        return Settings(*tables, **values), self.warnings
+        values |= {
+            "servers": tuple(one for one in servers if isinstance(one, ServerSettings)),
+            "dns": tuple(one for one in servers if isinstance(one, DnsSettings)),
+            "aliases": aliases, "policies": policies, "resumes": resumes, "pools": pools,
+            "keys": tuple(keys), "models": tuple(models), "disaggregation": split,
+            "profiles": tuple(lists["profiles"].values()), "devices": devices or (),
+            "kubernetes": tuple(
+                dataclasses.replace(one, server=dataclasses.replace(
+                    one.server, id=f"[[kubernetes]] {i + 1}"))
+                for i, one in lists["kubernetes"].items()),
+            "origins": {current_name(key): line_of(self.bare, ("config", key))
+                        for key in self.kept} | self.origins}
+        return Settings(**values), self.warnings
 
     def check_together(
         self, values: dict[str, Any], keys: Collection[KeySettings], policies: Collection[str]
@@ -2649,11 +2683,9 @@ class SettingsReader:
             if wrong:
                 self.complain(("config", key), given(key), expected)
 
-    def pools(
-        self, servers: Mapping[int, ServerSettings | DnsSettings], given: Mapping[str, Any]
-    ) -> dict[str, float]:
+    def pools(self, lists: Mapping[str, Mapping[int, Any]]) -> dict[str, float]:
         """The share of requests for each pool, in percent; servers without a pool get the rest."""
-        pools, check = dict[str, float](), real(0, 100)
+        given, pools, check = self.table("pools"), dict[str, float](), real(0, 100)
         for name, value in given.items():
             try:
                 pools[name] = check(value)
@@ -2661,102 +2693,70 @@ class SettingsReader:
                 self.complain(("pools", name), value, f"{expected}, in percent")
         if (total := round(sum(pools.values()), 6)) > 100:
             self.complain(("pools",), f"{total:g} in all", "100 at most")
-        for i, server in servers.items():
-            if server.pool and server.pool not in given:
-                self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
+        for table in ("servers", "kubernetes"):
+            for i, one in lists[table].items():
+                if one.pool and one.pool not in given:
+                    self.complain((table, i, "pool"), one.pool, "one of [pools]")
         return pools
 
-    def servers(self, entries: Any, origin: str) -> dict[int, ServerSettings | DnsSettings]:
-        """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`."""
-        if entries is None:
-            entries = self.document.get("servers")
+    def server_list(self) -> Any:
+        """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`.  None is an error: an empty
+        file is a half-written one, not a wish for no servers."""
+        entries = self.document.get("servers")
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
             entries = entries if "url" in entries else entries.get("servers")
-        if entries is None and not self.sources.isdisjoint(STAND_ALONE):
-            entries = []
-        # None is an error: an empty file is a half-written one, not a wish for no servers.
-        return self.entries("servers", entries, origin)
+        return [] if entries is None and not self.given.isdisjoint(STAND_ALONE) else entries
 
-    def keys(self) -> dict[int, KeySettings]:
-        keys = self.entries("keys", self.document.get("keys", []))
-        for i, key in keys.items():
-            if key.key and key.key_file:
-                self.complain(("keys", i, "key_file"), key.key_file, "no key_file beside key")
-            elif not (key.key or key.key_file):
-                self.complain(("keys", i, "name"), key.name, "key or key_file with it")
-        return keys
-
-    def kubernetes(
-        self, pools: Mapping[str, float], entries: Any, origin: str
-    ) -> tuple[KubernetesSettings, ...]:
-        if entries is None:
-            entries = self.document.get("kubernetes", [])
-        tables = self.entries("kubernetes", entries, origin)
-        for i, one in tables.items():
-            id = f"[[kubernetes]] {i + 1}"
-            tables[i] = dataclasses.replace(one, server=dataclasses.replace(one.server, id=id))
-            selectors = one.selector or one.prefill_selector or one.decode_selector
-            for key, wrong, expected in (
-                ("selector", not (selectors or one.service), "selector, or service"),
-                ("service", selectors and one.service, "no selector with it"),
-                ("kubeconfig", one.kubeconfig and one.api_server, "no api_server with it"),
-                ("token_file", one.token_file and not one.api_server, "api_server with it"),
-                ("ca_file", one.ca_file and not one.api_server,
-                 "api_server with it (of pods: server_ca_file)"),
-                ("pool", one.server.pool and one.server.pool not in pools, "one of [pools]"),
-            ):
-                if wrong:
-                    found = getattr(one, key, one.server.pool) or None
-                    self.complain(("kubernetes", i, key), found, expected, origin)
-        return tuple(tables.values())
-
-    def disaggregation(self, entries: Any, origin: str) -> tuple[DisaggregationSettings, ...]:
+    def disaggregation(
+        self, entries: Mapping[int, DisaggregationSettings]
+    ) -> tuple[DisaggregationSettings, ...]:
         aliases, found = self.table("aliases"), dict[str, DisaggregationSettings]()
-        for i, entry in self.entries("disaggregation", entries, origin).items():
+        for i, entry in entries.items():
             model = aliases.get(entry.model, entry.model)
             if model in found:
                 path = ("disaggregation", i, "model")
-                self.complain(path, entry.model or None, "each of them once", origin)
+                self.complain(path, entry.model or None, "each of them once")
             found[model] = dataclasses.replace(entry, model=model)
         return tuple(found.values())
 
-    def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
+    def entries(self, table: str) -> dict[int, Any]:
         """The valid entries of a list of tables, by their index in it."""
-        (expected, kinds), found, known = LISTS[table], dict[int, Any](), set[str]()
-        if isinstance(entries, dict) and not origin:
+        kinds, found, known = LISTS[table], dict[int, Any](), set[str]()
+        entries = self.server_list() if table == "servers" else self.document.get(table, [])
+        if isinstance(entries, dict):
             text = f"found [{table}], expected [[{table}]], in two pairs of brackets"
             self.errors.append(self.complaint_at((table,), text))
             return found
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            self.complain((table,), entries, expected)
+            self.complain((table,), entries, 'a list like [{ url = "http://10.0.0.1:8000" }]'
+                          if table == "servers" else f"a list of tables [[{table}]]")
             return found
         for i, entry in enumerate(entries):
             path, before = (table, i), len(self.errors)
             identity = next((key for key in reversed(kinds) if key in entry), next(iter(kinds)))
             kind, fields = kinds[identity]
             for other in kinds.keys() & entry.keys() - {identity}:
-                self.complain((*path, other), entry[other], f"no {other} beside {identity}", origin)
+                self.complain((*path, other), entry[other], f"no {other} beside {identity}")
                 entry = {key: value for key, value in entry.items() if key != other}
-            values = self.values(entry, fields, path, origin)
+            values = self.values(entry, fields, path)
             if identity and identity not in entry:
-                self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
+                self.complain((*path, identity), None, fields[identity].metadata["meaning"])
             elif identity and values[identity] in known:
-                self.complain((*path, identity), entry[identity], "each of them once", origin)
+                self.complain((*path, identity), entry[identity], "each of them once")
             if len(self.errors) == before:
                 found[i] = kind(**values)
-                for key, text in command_warnings(found[i]) if "command" in fields else ():
-                    self.warnings.append(self.complaint_at((*path, key), text, origin))
                 known.add(values.get(identity, ""))
+                self.look_at(found[i], path)
         return found
 
-    def models(self, entries: Any, origin: str) -> dict[int, ModelSettings]:
-        given = self.document.get("models", []) if entries is None else entries
-        models = self.entries("models", given, origin)
-        for i, model in models.items():
-            for key, expected in model_troubles(model):
-                self.complain(("models", i, key), getattr(model, key), expected, origin)
-        return models
+    def look_at(self, entry: Any, path: Path) -> None:
+        """Complain about keys of an entry that contradict each other; warn of a command's."""
+        for key, wrong, expected in getattr(entry, "contradictions", tuple)():
+            if wrong:
+                self.complain((*path, key), getattr(entry, key) or None, expected)
+        for key, text in command_warnings(entry) if hasattr(entry, "command") else ():
+            self.warnings.append(self.complaint_at((*path, key), text))
 
     def aliases(self) -> dict[str, str]:
         table, found = self.table("aliases"), dict[str, str]()
@@ -2774,29 +2774,33 @@ class SettingsReader:
         return value if isinstance(value, dict) else {}
 
     def values(
-        self, table: Mapping[str, Any], fields: Mapping[str, Any], path: Path, origin: str = ""
+        self, table: Mapping[str, Any], fields: Mapping[str, Any], path: Path
     ) -> dict[str, Any]:
         """The values of these fields in a table, by the fields' current names."""
         values = dict[str, Any]()
         self.warn_unknown(table, fields, path)
         for key, value in table.items():
-            if (name := SYNONYMS.get(key, key)) in values:
+            if (name := current_name(key)) in values:
                 self.complain((*path, key), value, f"only one of {name} and its synonyms")
             elif name in fields:
-                values[name] = self.checked(fields[name], value, (*path, key), origin)
+                values[name] = self.checked(fields[name], value, (*path, key))
         return values
 
-    def checked(self, field: Any, value: Any, path: Path, origin: str = "") -> Any:
+    def checked(self, field: Any, value: Any, path: Path) -> Any:
         try:
             found = field.metadata["check"](value)
         except ValueError as expected:
-            self.complain(path, value, str(expected), origin)
+            self.complain(path, value, str(expected))
             return None
-        is_path = field.metadata["check"] is file_path and found and not origin
+        is_path = field.metadata["check"] is file_path and found and not self.origin_of(path)
         folder = self.source[: self.source.rfind("/") + 1]
         return folder + found if is_path and not found.startswith("/") else found
 
-    def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
+    def origin_of(self, path: Path) -> str:
+        """Where that key comes from if it is an override, or ''."""
+        return self.origins.get(path[1] if path[:1] == ("config",) and path[1:] else path[0], "")
+
+    def complain(self, path: Path, found: Any, expected: str) -> None:
         if path[-1] in SECRET_FIELDS and found != "":
             found = "something else"
         elif isinstance(found, str):
@@ -2806,7 +2810,7 @@ class SettingsReader:
         elif isinstance(found, bool):
             found = str(found).lower()
         what = "nothing" if found is None else str(found)[:80]
-        self.errors.append(self.complaint_at(path, f"found {what}, expected {expected}", origin))
+        self.errors.append(self.complaint_at(path, f"found {what}, expected {expected}"))
 
     def warn_unknown(self, table: Iterable[str], known: Collection[str], path: Path) -> None:
         for key in sorted(set(table) - set(known)):
@@ -2821,17 +2825,19 @@ class SettingsReader:
                 text = "ignored here: it belongs in [config]"
             self.warnings.append(self.complaint_at((*path, key), text))
 
-    def complaint_at(self, path: Path, text: str, origin: str = "") -> Complaint:
+    def complaint_at(self, path: Path, text: str) -> Complaint:
         """A complaint that says where its key is, like `servers.toml:12: servers[2].url`."""
-        key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path)
+        origin = self.origin_of(path)
+        said = path[1:] if origin and path[0] == "config" else path
+        key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in said)
         known = len(self.errors) + len(self.warnings) < COMPLAINTS_LIMIT  # each look takes a while
-        line = 0 if origin or not known else self.line(path)
+        line = 0 if origin or not known else line_of(self.bare, path)
         return Complaint(origin or self.source, line, key.removeprefix("."), text)
 
-    def line(self, path: Path) -> int:
-        if self.bare is None:
-            self.bare = OPAQUE.sub(blanked, self.toml)
-        return line_of(self.bare, path)
+    @functools.cached_property
+    def bare(self) -> str:
+        """The text without comments and values, for finding lines."""
+        return OPAQUE.sub(blanked, self.toml)
 
 
 def blanked(opaque: re.Match[str]) -> str:
