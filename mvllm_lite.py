@@ -83,7 +83,7 @@ lines.
     43  status         · the document that screen, page and /status.json share
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
-    44  sockets        ~ what all sockets share: errors, deadlines; listening sockets
+    44  sockets        ~ what all sockets share: errors, deadlines, waits; listening sockets
     45  backlog        ~ what is held of clients' requests, and which clients leave unread
     46  wire           ~ one connection: its buffer, its deadline, its end
     47  secrets        ~ keys and certificates, and how to reach a server with them
@@ -226,6 +226,7 @@ import base64
 import bisect
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import datetime
@@ -9869,8 +9870,8 @@ def status_report(
 #  44  sockets
 # ══════════
 #
-# What all sockets share: errors in words, deadlines, detection of dead peers.  And listening
-# sockets, with the bytes that a connection sends before it has a Wire.
+# What all sockets share: errors in words, deadlines, waiting tasks, detection of dead peers.  And
+# listening sockets, with the bytes that a connection sends before it has a Wire.
 
 # Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -9927,6 +9928,59 @@ def keep_alive(sock: socket.socket) -> None:
         for option, value in KEEPALIVE.items():
             if (number := getattr(socket, option, None)) is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+class Wakeup:
+    """What one task waits for, again and again.  A future has the event loop go round once more
+    before its task goes on; this continues the task at once, within `set`, which only asyncio's
+    callbacks may call, as no task runs then.  To a Task it is a future (`asyncio.isfuture`)."""
+
+    __slots__ = ("_loop", "_asyncio_future_blocking", "_resume", "_context", "_error")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._asyncio_future_blocking = loop, False
+        self._resume: Callable[[Wakeup], object] | None = None  # of the task that waits
+        self._context: contextvars.Context | None = None
+        self._error: BaseException | None = None
+
+    def __await__(self) -> Iterator[Wakeup]:
+        self._asyncio_future_blocking = True
+        return iter((self,))
+
+    @property
+    def awaited(self) -> bool:
+        return self._resume is not None
+
+    def set(self, error: BaseException | None = None) -> None:
+        """Continue the task that waits, if one does, perhaps with an error."""
+        if (resume := self._resume) is not None:
+            self._resume, self._error = None, error
+            self._context.run(resume, self)  # type: ignore[union-attr]
+
+    def set_soon(self, error: BaseException | None = None) -> None:
+        """Continue the task that waits at the loop's next turn."""
+        if (resume := self._resume) is not None:
+            self._resume, self._error = None, error
+            self._loop.call_soon(resume, self, context=self._context)
+
+    # Called by the task.
+
+    def add_done_callback(
+        self, resume: Callable[[Wakeup], object], *, context: contextvars.Context
+    ) -> None:
+        self._resume, self._context = resume, context
+
+    def cancel(self, msg: object = None) -> bool:
+        waits = self.awaited
+        self.set_soon(asyncio.CancelledError())
+        return waits
+
+    def result(self) -> None:
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # it would keep alive all that is on the stack
 
 
 async def peeked(sock: socket.socket, size: int) -> bytes:
@@ -10163,7 +10217,7 @@ class Wire(asyncio.BufferedProtocol):
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
-        "_waiter", "_reads", "_timer", "_timer_at", "at_once",
+        "_news", "_reads", "_timer", "_timer_at", "at_once",
     )
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -10192,8 +10246,8 @@ class Wire(asyncio.BufferedProtocol):
         self.peer: Address = UNKNOWN  # the other end, perhaps beyond a proxy
         self.is_tls = False
         self.sock: socket.socket | None = None  # if set, may be used beside the transport
-        self._waiter: asyncio.Future[None] | None = None
-        self._reads = False  # the waiter will take what comes
+        self._news = Wakeup(self.loop)
+        self._reads = False  # who waits will take what comes
         self.at_once = RECEIVED  # the buffer for one read
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = INFINITY
@@ -10221,13 +10275,12 @@ class Wire(asyncio.BufferedProtocol):
     def keep(self, piece: Piece) -> None:
         """Buffer a piece for the next reader, and wake the one that waits."""
         self.buffer += piece
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
         if self.backlog is not None:  # `count`, without the call
             self.backlog.unread_bytes += len(self.buffer) - self.counted
             self.counted = len(self.buffer)
         if len(self.buffer) >= self.most and not self._reads:
             self.hold()
+        self._news.set()
 
     def count(self) -> None:
         self.backlog.unread_bytes += len(self.buffer) - self.counted  # type: ignore[union-attr]
@@ -10280,8 +10333,7 @@ class Wire(asyncio.BufferedProtocol):
             self._ended(clean=True)
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._news.set_soon()
 
     def departure(self) -> PeerGone:
         """A new exception for a peer that has gone; a shared one would keep alive all that was on
@@ -10308,9 +10360,8 @@ class Wire(asyncio.BufferedProtocol):
             self.expect_by(self.deadline)
             return
         self.deadline = INFINITY
-        if self._waiter is not None:
-            if not self._waiter.done():
-                self._waiter.set_exception(TimeoutError())
+        if self._news.awaited:
+            self._news.set(TimeoutError())
         elif self.sink is not None:
             self.sink.expired(self)
 
@@ -10321,11 +10372,11 @@ class Wire(asyncio.BufferedProtocol):
         self.deadline = deadline
         if deadline < self._timer_at:
             self.expect_by(deadline)
-        self._waiter, self._reads = self.loop.create_future(), reads
+        self._reads = reads
         try:
-            await self._waiter
+            await self._news
         finally:
-            self._waiter, self._reads = None, False
+            self._reads = False
 
     def more(self, deadline: float) -> Awaitable[None]:
         """Wait like `news`, as a reader that will take what comes."""
@@ -11233,13 +11284,12 @@ class Intake:
 
     def feed(self, wire: Wire, piece: Piece) -> None:
         left = self._length - len(self.content)
+        self.content += piece[:left]
+        wire.wanted = max(0, left - len(piece))
+        wire.deadline = wire.loop.time() + self._silence_s
         if len(piece) > left:  # the client's next request
             wire.keep(piece[left:])
-            piece = piece[:left]
-        self.content += piece
-        wire.wanted = left - len(piece)
-        wire.deadline = wire.loop.time() + self._silence_s
-        if len(self.content) >= self._enough:
+        elif len(self.content) >= self._enough:
             wire.wake()
 
     def lost(self, wire: Wire) -> None: ...  # the reader is woken and notices

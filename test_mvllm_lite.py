@@ -9,6 +9,7 @@ import ast
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import dataclasses
 import base64
 import fcntl
@@ -8392,6 +8393,78 @@ async def test_the_status_document_has_its_stated_shape():
     assert [row["source"] for row in document["servers"]] == ["file", "file", "by_hand"]
     assert (document["events"] and document["servers"][0]["decisions"]
             and document["live"]["added"] == [more.url])
+
+
+# ============================================================================================
+#  sockets
+# ============================================================================================
+
+
+def told_through(act):
+    """What a task does whose Wakeup `act(wakeup, task, said)` handles from the loop's callbacks."""
+    async def story():
+        loop, said = asyncio.get_running_loop(), []
+        wakeup = lite.Wakeup(loop)
+
+        async def waits():
+            try:
+                await wakeup
+                said.append(f"woken in {CONTEXT.get()}")
+            except (TimeoutError, asyncio.CancelledError) as error:
+                said.append(type(error).__name__)
+
+        CONTEXT.set("the task's context")
+        task = loop.create_task(waits())
+        await eventually(lambda: wakeup.awaited, "the task waits")
+        CONTEXT.set("the caller's context")
+        loop.call_soon(act, wakeup, task, said)
+        await asyncio.wait((task,), timeout=5)
+        return said
+
+    return asyncio.run(story())
+
+
+CONTEXT = contextvars.ContextVar("CONTEXT")
+
+
+def acts(*steps):
+    def act(wakeup, task, said):
+        for step in steps:
+            step(wakeup, task)
+            said.append("then the caller")
+    return act
+
+
+@pytest.mark.parametrize("act, said", table(
+    ("at once", acts(lambda w, t: w.set()), ["woken in the task's context", "then the caller"]),
+    ("soon", acts(lambda w, t: w.set_soon()), ["then the caller", "woken in the task's context"]),
+    ("once only", acts(lambda w, t: w.set(), lambda w, t: w.set(TimeoutError())),
+     ["woken in the task's context", "then the caller", "then the caller"]),
+    ("with an error", acts(lambda w, t: w.set(TimeoutError())),
+     ["TimeoutError", "then the caller"]),
+    ("cancelled while it waits", acts(lambda w, t: t.cancel()),
+     ["then the caller", "CancelledError"]),
+    ("cancelled on its way", acts(lambda w, t: w.set_soon(), lambda w, t: t.cancel()),
+     ["then the caller", "then the caller", "CancelledError"]),
+    ("cancelled, then woken", acts(lambda w, t: t.cancel(), lambda w, t: w.set()),
+     ["then the caller", "then the caller", "CancelledError"]),
+))
+def test_a_wakeup_continues_its_task_within_the_call(act, said):
+    assert told_through(act) == said
+
+
+@asynchronous
+async def test_a_wakeup_serves_one_wait_after_another_and_keeps_no_error():
+    loop = asyncio.get_running_loop()
+    wakeup = lite.Wakeup(loop)
+    wakeup.set(TimeoutError())  # nobody waits: nothing is kept for the next one
+    for _ in range(3):
+        loop.call_soon(wakeup.set)
+        await wakeup
+        loop.call_soon(wakeup.set, TimeoutError())
+        with pytest.raises(TimeoutError):
+            await wakeup
+        assert wakeup._error is None and asyncio.isfuture(wakeup)
 
 
 # ============================================================================================
