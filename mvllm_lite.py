@@ -1567,10 +1567,19 @@ def string(value: Any) -> str:
     return value
 
 
-def field_name(value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch(TOKEN, value)):
-        raise ValueError("a field's name in quotes")
-    return value
+def matching(pattern: str | re.Pattern[str], expected: str) -> Clean:
+    """A text of that form."""
+    form = re.compile(pattern)
+
+    def check(value: Any) -> str:
+        if not (isinstance(value, str) and form.fullmatch(value)):
+            raise ValueError(expected)
+        return value
+
+    return check
+
+
+field_name = matching(TOKEN, "a field's name in quotes")
 
 
 def file_path(value: Any) -> str:
@@ -1578,21 +1587,11 @@ def file_path(value: Any) -> str:
     return string(value)
 
 
-def file_name(value: Any) -> str:
-    if "/" in (name := string(value)) or name in (".", ".."):
-        raise ValueError("a name without a directory")
-    return name
-
-
+file_name = matching(r"(?!\.{1,2}\Z)[^/]*", "a name in quotes, without a directory")
 LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,251}[A-Za-z0-9])?", re.ASCII)
+label_value = matching(f"(?a:{LABEL_VALUE.pattern})?", "a name that Kubernetes allows")
 LABEL_REQUIREMENT = re.compile(
     r"!?[\w./-]+|[\w./-]+ ?(?:==?|!=) ?[\w.-]*|[\w./-]+ (?:not)?in ?\([\w., -]*\)", re.ASCII)
-
-
-def label_value(value: Any) -> str:
-    if string(value) and not LABEL_VALUE.fullmatch(value):
-        raise ValueError("a name that Kubernetes allows")
-    return str(value)
 
 
 def label_selector(value: Any) -> str:
@@ -1606,18 +1605,19 @@ def label_selector(value: Any) -> str:
 
 def port_list(value: Any) -> tuple[int | str, ...]:
     """One port or several, each by number or name."""
-    found = [one.strip() if isinstance(one, str) else one
-             for one in (value if isinstance(value, list) else [value])]
-    for i, one in enumerate(found):
-        if isinstance(one, str) and LABEL_VALUE.fullmatch(one) and not one.isdigit():
-            continue
-        try:
-            found[i] = integer(1, 65535)(one)
-        except ValueError:
-            raise ValueError("a port, its name, or a list of these") from None
-    if len(found) > 64:
+
+    def port(one: Any) -> int | str:
+        said = one.strip() if isinstance(one, str) else one
+        named = isinstance(said, str) and LABEL_VALUE.fullmatch(said) and not said.isdigit()
+        return said if named else int(integer(1, 65535)(said))
+
+    try:
+        ports = tuple(map(port, value if isinstance(value, list) else [value]))
+    except ValueError:
+        raise ValueError("a port, its name, or a list of these") from None
+    if len(ports) > 64:
         raise ValueError("64 ports at most")
-    return tuple(found)
+    return ports
 
 
 def one_of(*choices: str) -> Clean:
@@ -1645,12 +1645,9 @@ def list_of(check_one: Clean) -> Clean:
     return check
 
 
-def allowed_origin(value: Any) -> str:
-    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", string(value)):
-        raise ValueError("origins like https://app.example.com, without a path, or *")
-    return string(value)
-
-
+allowed_origin = matching(
+    r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+",
+    "origins like https://app.example.com, without a path, or *")
 URL_TEXT = re.compile(r"[!#-;=?-Z\[\]_a-z~]+")
 
 
@@ -1677,12 +1674,7 @@ def base_url(value: Any) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}{path}"
 
 
-def optional_url(value: Any) -> str:
-    return "" if value == "" else base_url(value)
-
-
 def network(value: Any) -> str:
-    """An IP address, or a network of them."""
     try:
         return str(ipaddress.ip_network(string(value), strict=False))
     except ValueError:
@@ -1693,7 +1685,7 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def listening_address(value: Any) -> str:
-    """An address and a port; `*` stands for all addresses."""
+    """An address and a port, or ''; `*` stands for all addresses."""
     found = re.fullmatch(r"(?:tcp://)?(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", string(value))
     if value and (found is None or not 0 < int(found[2]) < 65536):
         raise ValueError("an address and a port, like 0.0.0.0:30001")
@@ -1706,18 +1698,15 @@ def printable_name(value: Any) -> str:
     return value
 
 
-def optional_secret(value: Any) -> str:
-    return "" if value == "" else secret(value)
-
-
-def secret(value: Any) -> str:
-    """A key, as it follows `Bearer` in a field."""
-    if not isinstance(value, str) or not SECRET.fullmatch(value):
-        raise ValueError("a key of printable characters without spaces")
-    return value
-
-
 SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
+secret = matching(SECRET, "a key of printable characters without spaces")  # behind `Bearer`
+
+
+def or_empty(check: Clean) -> Clean:
+    return lambda value: "" if value == "" else check(value)
+
+
+optional_secret, optional_url = or_empty(secret), or_empty(base_url)
 
 
 def share_weight(value: Any) -> float:
@@ -1733,7 +1722,7 @@ def capacity(value: Any) -> int:
     if isinstance(value, str) and value.lower() == "auto":
         return AUTO
     try:
-        return int(integer(1, 1_000_000)(value))
+        return int(integer(1, 10**6)(value))
     except ValueError as expected:
         raise ValueError(f'{expected}, or "auto"') from None
 
@@ -1849,27 +1838,16 @@ def environment(value: Any) -> tuple[tuple[str, str], ...]:
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def model_alias(value: Any) -> str:
-    if not (isinstance(value, str) and len(value) <= 200 and MODEL_NAME.fullmatch(value)):
-        raise ValueError("a name like qwen3-8b or Qwen/Qwen3-8B")
-    return value
-
-
+model_alias = matching(
+    f"(?a:(?=.{{1,200}}\\Z){MODEL_NAME.pattern})", "a name like qwen3-8b or Qwen/Qwen3-8B")
 # Options we give every child ourselves: children listen on loopback, and nowhere else.
 OWN_OPTIONS = ("--host", "--port", "--uds", "--served-model-name", "--api-key", "--config",
                "--root-path", "--ssl-keyfile", "--ssl-certfile")
 
 
-def own_option(word: str) -> str:
-    """The option of ours that this argument would set, even in an abbreviated form, or ''."""
-    said = word.partition("=")[0].replace("_", "-")
-    if not said.startswith("--") or said == "--":
-        return ""
-    return next((one for one in OWN_OPTIONS if one.startswith(said)), "")
-
-
 def argument(value: Any) -> str:
-    if own_option(string(value)):
+    said = string(value).partition("=")[0].replace("_", "-")
+    if len(said) > 2 and any(one.startswith(said) for one in OWN_OPTIONS):  # abbreviated, too
         raise ValueError(f"arguments other than {', '.join(OWN_OPTIONS)}, which are set for it")
     return str(value)
 
@@ -8736,11 +8714,6 @@ def ranking_report(ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def service_report() -> dict[str, Any]:
-    """GET /, like mvllm's, with our name."""
-    return {"service": "mvllm_lite", "version": __version__, "status": "running"}
-
-
 def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
     """GET /health."""
     asked, every_s = [view for view in views if view.open], float(s.health_check_interval)
@@ -8780,8 +8753,8 @@ def load_report(
     views: list[ServerView], s: Settings, clock: Clock, roster: Mapping[str, Entry] = {},
     answers: Mapping[str, float] = {},
 ) -> dict[str, Any]:
-    """GET /load-stats.  A server's load is the exact number of our requests, plus those of others
-    as far as they are known; the sums leave out servers that have left."""
+    """GET /load-stats.  A server's load is the number of our requests there, plus those of others
+    as far as they are known."""
     now, interval_s = clock.monotonic, s.metrics_interval
     loads = [v.counts.in_flight + round(v.foreign(now, interval_s)) for v in views]
     capacity = sum(round(view.capacity) for view in views)
@@ -8800,17 +8773,24 @@ def load_report(
     }
 
 
+def load_facts(view: ServerView) -> dict[str, Any]:
+    """What all documents say of a server's load."""
+    return {
+        "in_flight": view.counts.in_flight, "capacity_learned": not view.configured,
+        "capacity_note": disagreement(view), "pending_prompt_tokens": view.counts.pending,
+        "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
+        "foreign_prompt_tokens_per_second": round(foreign_read_per_s(view)),
+    }
+
+
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
     said = view.load
     return {
         "url": view.name, "current_load": load, "max_capacity": round(view.capacity),
-        "capacity_learned": not view.configured, "capacity_note": disagreement(view),
         "available_capacity": max(0, round(view.capacity) - load),
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
-        "in_flight": view.counts.in_flight, "pending_prompt_tokens": view.counts.pending,
-        "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
-        "foreign_prompt_tokens_per_second": round(foreign_read_per_s(view)),
+        **load_facts(view),
         "step_ms": round(1e3 * view.pace.step_s, 3), "step_samples": view.pace.samples,
         "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {
@@ -8833,9 +8813,9 @@ def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any
 def model_entries(
     views: list[ServerView], aliases: Mapping[str, str], via: str = "", own_name: str = ""
 ) -> list[Mapping[str, Any]]:
-    """For GET /v1/models: what the healthy servers serve, each model once, with all that its first
-    server says of it; aliases stand beside the models they name, and hide one of the same name.
-    `via` is the field of who asks."""
+    """For GET /v1/models: each model that a healthy server serves, with all that the first one says
+    of it; an alias stands beside its model, and hides one of its own name.  `via` is the field of
+    who asks."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
         if view.health.may_be_last_resort and view.open:
@@ -8881,95 +8861,91 @@ LIMIT_NAMES = (
 
 
 SOURCE_NAMES = tuple(source.value for source in Source)
-# Streams that broke off.
-RESUMES = ("mvllm_resumes_total", "Attempts of other servers to go on with a stream.", "way",
-           "result")
-NOT_RESUMED = ("mvllm_resumes_refused_total", "Streams that broke off, by why no other went on.",
-               "reason")
 
 
 class Metrics:
-    """All counters and histograms; whoever sees an event counts it here."""
+    """All counters and histograms; whoever sees an event counts it here.  The class declares them;
+    each instance has its own."""
+
+    requests = Counter(
+        "mvllm_requests_total", "Requests that have ended, by the status shown to the client.",
+        "server", "model", "status")
+    attempts = Counter(
+        "mvllm_attempts_total", "Attempts to have a server answer, by how they ended.", "server",
+        "result")
+    deaths = Counter("mvllm_attempts_died_total", "Attempts whose server died.", "server")
+    retries = Counter(
+        "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
+    transitions = Counter(
+        "mvllm_server_transitions_total", "Changes of a server's state.", "server", "state")
+    reloads = Counter("mvllm_settings_reloads_total", "Changes of the settings file.", "result")
+    scrapes = Counter("mvllm_scrapes_total", "Reads of a server's /metrics.", "server", "result")
+    upgrades = Counter("mvllm_upgrades_total", "Successors that were started.", "result")
+    errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
+    stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
+    waits = Histogram(
+        "mvllm_request_queue_time_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
+    decisions = Counter(
+        "mvllm_decisions_total", "Servers chosen, by what decided.", "policy", "reason")
+    prompt_tokens = Counter(
+        "mvllm_prompt_tokens_total", "Tokens of prompts, estimated by their bytes.")
+    cached_tokens = Counter(
+        "mvllm_prefix_cache_expected_tokens_total",
+        "Prompt tokens expected in a server's prefix cache.")
+    missed_tokens = Counter(
+        "mvllm_prefix_cache_missed_tokens_total",
+        "Cached tokens by which the best other server was ahead (regret).")
+    prefix_hits = Counter(
+        "mvllm_prefix_cache_hit_tokens_total",
+        "Prompt tokens that a server reports to have found in its prefix cache.", "server")
+    usage = Counter(
+        "mvllm_usage_tokens_total", "Tokens, as far as servers report them.", "key", "model",
+        "kind")
+    key_requests = Counter(
+        "mvllm_key_requests_total", "Requests that servers answered.", "key", "model")
+    limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
+    first_byte = Histogram(
+        "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
+        FIRST_BYTE_BOUNDS_S, "model")
+    first_token = Histogram(
+        "mvllm_time_to_first_token_seconds",
+        "From a request's last byte to its stream's first event.", FIRST_BYTE_BOUNDS_S, "model")
+    gaps = Histogram(
+        "mvllm_inter_token_latency_seconds", "Between two pieces of a streamed answer.",
+        GAP_BOUNDS_S, "model")
+    durations = Histogram(
+        "mvllm_request_duration_seconds", "From a request's first byte to its answer's last.",
+        DURATION_BOUNDS_S, "model")
+    request_sizes = Histogram(
+        "mvllm_request_size_bytes", "Content of requests.", SIZE_BOUNDS_BYTES, "model")
+    response_sizes = Histogram(
+        "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
+    servers_added = Counter(
+        "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
+    servers_removed = Counter(
+        "mvllm_servers_removed_total", "Servers that have gone from the roster.", "source")
+    lookups = Counter("mvllm_name_lookups_total", "Lookups of servers' names.", "result")
+    # Of streams that broke off.
+    resumes = Counter(
+        "mvllm_resumes_total", "Attempts of other servers to go on with a stream.", "way", "result")
+    not_resumed = Counter(
+        "mvllm_resumes_refused_total", "Streams that broke off, by why no other went on.", "reason")
 
     def __init__(self) -> None:
-        self.requests = Counter(
-            "mvllm_requests_total", "Requests that have ended, by the status shown to the client.",
-            "server", "model", "status")
-        self.attempts = Counter(
-            "mvllm_attempts_total", "Attempts to have a server answer, by how they ended.",
-            "server", "result")
-        self.deaths = Counter("mvllm_attempts_died_total", "Attempts whose server died.", "server")
-        self.retries = Counter(
-            "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
-        self.transitions = Counter(
-            "mvllm_server_transitions_total", "Changes of a server's state.", "server", "state")
-        self.reloads = Counter(
-            "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
-        self.scrapes = Counter(
-            "mvllm_scrapes_total", "Reads of a server's /metrics.", "server", "result")
-        self.upgrades = Counter("mvllm_upgrades_total", "Successors that were started.", "result")
-        self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
-        self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
-        self.waits = Histogram(
-            "mvllm_request_queue_time_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
-        self.decisions = Counter(
-            "mvllm_decisions_total", "Servers chosen, by what decided.", "policy", "reason")
-        self.prompt_tokens = Counter(
-            "mvllm_prompt_tokens_total", "Tokens of prompts, estimated by their bytes.")
-        self.cached_tokens = Counter(
-            "mvllm_prefix_cache_expected_tokens_total",
-            "Prompt tokens expected in a server's prefix cache.")
-        self.missed_tokens = Counter(
-            "mvllm_prefix_cache_missed_tokens_total",
-            "Cached tokens by which the best other server was ahead (regret).")
-        self.prefix_hits = Counter(
-            "mvllm_prefix_cache_hit_tokens_total",
-            "Prompt tokens that a server reports to have found in its prefix cache.", "server")
-        self.usage = Counter(
-            "mvllm_usage_tokens_total", "Tokens, as far as servers report them.",
-            "key", "model", "kind")
-        self.key_requests = Counter(
-            "mvllm_key_requests_total", "Requests that servers answered.", "key", "model")
-        self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
-        self.first_byte = Histogram(
-            "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
-            FIRST_BYTE_BOUNDS_S, "model")
-        self.first_token = Histogram(
-            "mvllm_time_to_first_token_seconds",
-            "From a request's last byte to its stream's first event.", FIRST_BYTE_BOUNDS_S, "model")
-        self.gaps = Histogram(
-            "mvllm_inter_token_latency_seconds", "Between two pieces of a streamed answer.",
-            GAP_BOUNDS_S, "model")
-        self.durations = Histogram(
-            "mvllm_request_duration_seconds", "From a request's first byte to its answer's last.",
-            DURATION_BOUNDS_S, "model")
-        self.request_sizes = Histogram(
-            "mvllm_request_size_bytes", "Content of requests.", SIZE_BOUNDS_BYTES, "model")
-        self.response_sizes = Histogram(
-            "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
-        self.begin_servers()
-        self.begin()
-
-    def begin_servers(self) -> None:
-        """Count servers as they come and go."""
-        self.servers_added = Counter(
-            "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
-        self.servers_removed = Counter(
-            "mvllm_servers_removed_total", "Servers that have gone from the roster.", "source")
-        self.lookups = Counter("mvllm_name_lookups_total", "Lookups of servers' names.", "result")
-
-    def begin(self) -> None:
-        """The counters of broken streams, with every label at 0, so that rates exist from the
-        start."""
-        self.resumes, self.not_resumed = Counter(*RESUMES), Counter(*NOT_RESUMED)
+        for name, family in vars(Metrics).items():
+            if isinstance(family, Family):
+                own = copy.copy(family)
+                own.children = {}
+                setattr(self, name, own)
+        # Labels whose values are known begin at 0, so that rates exist from the start.
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
-        for counter, values in ((self.reloads, ("applied", "refused")),
-                                (self.upgrades, ("failed",)), (self.limits, LIMIT_NAMES),
-                                (self.servers_added, SOURCE_NAMES),
-                                (self.servers_removed, SOURCE_NAMES)):
+        for family, values in ((self.reloads, ("applied", "refused")),
+                               (self.upgrades, ("failed",)), (self.limits, LIMIT_NAMES),
+                               (self.servers_added, SOURCE_NAMES),
+                               (self.servers_removed, SOURCE_NAMES)):
             for value in values:
-                counter.add(value, amount=0)
+                family.add(value, amount=0)
 
     def families(self) -> list[Family]:
         return list(vars(self).values())
@@ -9420,8 +9396,8 @@ class HistorySample(NamedTuple):
 
 
 class History:
-    """The recent past of one server: the requests that it answered last, how many of these failed
-    for their clients, the attempts that failed there, and those followed by another."""
+    """The recent past of one server, with counts since the start: requests that it answered last,
+    those of them that failed for their clients, attempts that failed, and those retried."""
 
     __slots__ = ("ttfb", "samples", "errors", "requests", "lost", "failed", "retries")
 
@@ -9515,8 +9491,7 @@ class EndedRequest(NamedTuple):
 
 
 class Recent:
-    """The recent past as people are shown it: each server's history, events, requests that have
-    ended, rankings by request, and the fleet's graphs."""
+    """All of that, and the rankings of recent requests."""
 
     def __init__(self) -> None:
         self.histories = defaultdict[str, History](History)
@@ -9744,16 +9719,12 @@ def status_of(
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
         "troubles": [one._asdict() for one in recent.troubles.get(view.id, ())],
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
-        "in_flight": view.counts.in_flight, "capacity": round(view.capacity),
-        "capacity_learned": not view.configured, "capacity_note": disagreement(view),
+        "capacity": round(view.capacity), **load_facts(view),  # type: ignore[typeddict-item]
         "capacity_seen": view.learned.capacity is not None, "kv_usage_ratio": load.kv_usage_ratio,
         "weight": view.settings.weight, "tier": view.settings.tier,
         "tokens_per_s": rounded(history.tokens_per_s(now), 1),
         "ttft_p50_s": rounded(quantile(ttfb, 0.5)), "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
         "errors": history.failed - before.failed, "retries": history.retries - before.retries,
-        "pending_prompt_tokens": view.counts.pending,
-        "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
-        "foreign_prompt_tokens_per_second": round(foreign_read_per_s(view)),
         "step_ms": round(1e3 * view.pace.step_s, 2) if view.pace.samples else None,
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
@@ -9842,11 +9813,6 @@ def keys_report(metrics: Metrics) -> list[KeyUsage]:
 GRAPHS = ("requests_per_s", "tokens_per_s", "ttft_p50_s", "ttft_p95_s", "queue", "error_ratio")
 
 
-def graphs_of(recent: Recent) -> dict[str, Any]:
-    return {"step_s": GRAPH_S, **{name: [point[name] for point in recent.graph]  # type: ignore
-                                  for name in GRAPHS}}
-
-
 def status_report(
     views: Sequence[ServerView], roster: Roster, recent: Recent, clock: Clock, s: Settings,
     process: Mapping[str, Any],
@@ -9859,7 +9825,9 @@ def status_report(
         "version": __version__, "time": (clock.iso(clock.monotonic) or "")[11:19], **process,
         "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
         "models": models_of(views, recent, process["requests"]["running"], clock.monotonic),
-        "fleet": graphs_of(recent), "events": list(recent.events), "live": roster.report(),
+        "fleet": {"step_s": GRAPH_S, **{
+            name: [point[name] for point in recent.graph] for name in GRAPHS}},  # type: ignore
+        "events": list(recent.events), "live": roster.report(),
     }  # type: ignore[typeddict-item]
 
 
@@ -9918,6 +9886,14 @@ async def within(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             timer.cancel()
+
+
+@contextlib.asynccontextmanager
+async def at_most(seconds: float) -> AsyncIterator[None]:
+    """Leave the block after that time, without an error."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            yield
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -10812,6 +10788,9 @@ class MessageReader:
 Stream = tuple[MessageReader, asyncio.StreamWriter]  # one of our own connections to a server
 
 
+NO_ANSWER = (PeerGone, BadMessage, TimeoutError)  # that its methods raise
+
+
 class HttpClient(Upstream):
     """Sends our own requests to one server.  It keeps one idle connection, so that a report each
     half second needs no new one, for POOL_IDLE_S: vLLM would close it a second later."""
@@ -10825,17 +10804,24 @@ class HttpClient(Upstream):
     async def fetch(
         self, path: str, timeout_s: float, content: bytes | None = None
     ) -> tuple[int, bytes]:
-        """The status and the whole content of an answer.  Raises what `ask` raises."""
+        """The status and the whole content of an answer.  Raises one of NO_ANSWER."""
         pieces = list[bytes]()
         status = await self.ask(path, timeout_s, content, pieces.append)
         return status, b"".join(pieces)
+
+    async def members_at(self, path: str, timeout_s: float) -> dict[str, Any]:
+        """The members of the JSON object at a path; {} without a good answer."""
+        with contextlib.suppress(*NO_ANSWER):
+            status, said = await self.fetch(path, timeout_s)
+            return read_members(said, None) if status == 200 else {}
+        return {}
 
     async def ask(
         self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
     ) -> int:
         """GET a path, or POST JSON `content` to it, and return the status.  `take` is called with
         each piece of the answer's content, up to `limit_bytes`.  If the idle connection turns out
-        to be closed, a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
+        to be closed, a new one is used.  Raises one of NO_ANSWER."""
         method = self.method or ("GET" if content is None else "POST")
         request = f"{method} {self.prefix}{path} HTTP/1.1\r\n"
         request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}{self.fields}"
@@ -10949,7 +10935,7 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
             status, said = await client.fetch(path, timeout_s, content)
             if status < 400 or status >= 500:
                 return status < 400 and b'"abort"' not in said
-    except (PeerGone, BadMessage, TimeoutError):
+    except NO_ANSWER:
         return False
     return True  # it has neither: nothing more can be asked
 
@@ -12047,9 +12033,8 @@ class Looks:
     async def rest(self, server: str, seconds: float) -> None:
         """For a server's watcher: sleep that long, or until a look is wanted."""
         self._wakers[server] = waker = asyncio.Event()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.0 if server in self.wanted else seconds):
-                await waker.wait()
+        async with at_most(0.0 if server in self.wanted else seconds):
+            await waker.wait()
 
     def done(self, server: str) -> bool:
         """Note that a server was asked.  Returns whether a request wanted that."""
@@ -12659,7 +12644,7 @@ class Attempt:
             s.request_timeout, s.body_timeout, gaps, child, response.tail, keeper)
         try:
             await pump.done
-        except (PeerGone, BadMessage, TimeoutError):
+        except NO_ANSWER:
             if keeper is None or not (keeper.is_whole or keeper.doubted):
                 raise
             if not keeper.doubted:
@@ -12678,7 +12663,7 @@ class Attempt:
             raise BadMessage(NOT_WHOLE, keeper.fault or Fault.ABORTED)
         keeper.fault, keeper.doubts = None, False
         rest = keeper.rest()
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):  # only framing may lack
+        with contextlib.suppress(*NO_ANSWER):  # only framing may lack
             while not decoder.done:
                 rest += await wire.read_content(decoder, wire.loop.time() + LAST_CHUNK_S)
         self.response.go_on(rest, True)
@@ -12741,10 +12726,9 @@ class Case:
         """Wait for a turn, if a server has died with this content: such content is with one server
         at a time, until an answer begins or takes long.  Returns False if it is held off."""
         core, content = self.core, self.digest()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TEST_LIMIT_S):
-                while (test := core.requests.tests.get(content)) is not None:
-                    await test.wait()
+        async with at_most(TEST_LIMIT_S):
+            while (test := core.requests.tests.get(content)) is not None:
+                await test.wait()
         now = asyncio.get_running_loop().time()
         if core.requests.poison.holds(content, now, self.settings.poison_hold):
             return False
@@ -13511,10 +13495,9 @@ async def await_looks(x: Exchange, servers: Sequence[str], model: str = "") -> N
     """Wait until these servers have been asked for their models or the wanted one is found,
     but no longer than LOOK_LIMIT_S."""
     core = x.core
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LOOK_LIMIT_S):
-            while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
-                await core.news.changed()
+    async with at_most(LOOK_LIMIT_S):
+        while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
+            await core.news.changed()
 
 
 async def give_up(x: Exchange, step: GiveUp) -> Outcome:
@@ -13617,17 +13600,9 @@ async def check_server(
         return Check(False, seconds, why, reached=True, hung=True)
     models = model_list(content, client.name) if status == 200 else None
     if models is not None:
-        return Check(True, seconds, "", models, await version_of(client, timeout_s))
+        version = (await client.members_at("/version", timeout_s)).get("version")
+        return Check(True, seconds, "", models, version[:100] if isinstance(version, str) else "")
     return bad_check(client, "/v1/models", status, seconds)._replace(passed=has_health)
-
-
-async def version_of(client: HttpClient, timeout_s: float) -> str:
-    """What a server says at /version; '' where it says nothing there."""
-    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        status, content = await client.fetch("/version", timeout_s)
-        version = read_members(content, None).get("version") if status == 200 else ""
-        return version[:100] if isinstance(version, str) else ""
-    return ""
 
 
 def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Check:
@@ -13709,7 +13684,7 @@ async def watch_load(core: Core, server: str) -> None:
                 result, trouble = "ok", ""
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
                 take_loads(core, server, loads, own, agreed_at)
-        except (PeerGone, BadMessage, TimeoutError) as error:
+        except NO_ANSWER as error:
             said = str(error) or "it takes too long"
             core.recent.answered(server, error)
             result, trouble = "failed", f"/metrics does not answer: {said}"
@@ -13755,37 +13730,34 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
 async def check_progress(core: Core, server: str) -> None:
     """Take out a server of which an engine stands still, and bring it back when it moves again."""
     views, now, s = core.fleet.engines(server), asyncio.get_running_loop().time(), core.settings
-    if views and views[0].health.frozen:
-        if views[0].health.circuit(now) == "half-open":
+    if not views:
+        return
+    health = views[0].health
+    if health.frozen:
+        if health.circuit(now) == "half-open":
             if await engine_responds(core.client(server), s.health_check_timeout):
                 core.judge(server, Health.become, State.HEALTHY, "its engine moves again", now)
                 return
             core.judge(server, Health.stood_still, "frozen: no answer to a probe", now, s)
-        attempts = [one for view in views for one in core.requests.running.get(view.id, ())]
-        for attempt in [one for one in attempts if one.waits]:  # /pause, say, does not
-            attempt.give_up(even_begun=attempt.movable())
-        return
-    opens_at = views[0].health.open_until if views and views[0].open else None
-    if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
+    elif (views[0].open and health.open_until is not None and not health.trials
+            and now >= health.open_until - s.metrics_interval):
         well = await engine_responds(core.client(server), s.health_check_timeout)
         core.judge(server, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
-        attempts = core.requests.running.get(view.id, set())
-        waiting = [attempt for attempt in attempts if attempt.waits]
-        if view.load.asleep:  # nobody's failure; answers that have begun may go on after a wake
-            for attempt in waiting:
-                attempt.give_up(even_begun=attempt.movable())
-            continue
-        work = Work(
-            len(waiting), min((a.begun_at for a in waiting), default=now),
-            core.streams_at(view.id),
-            sum(a.content_bytes for a in waiting if a.pump is None),
-        )
-        if why := frozen_reason(view, work, now, s):
+        waiting = [one for one in core.requests.running.get(view.id, ()) if one.waits]
+        even_begun = not view.healthy
+        if not (health.frozen or view.load.asleep):
+            since = min((one.begun_at for one in waiting), default=now)
+            unread = sum(one.content_bytes for one in waiting if one.pump is None)
+            work = Work(len(waiting), since, core.streams_at(view.id), unread)
+            if not (why := frozen_reason(view, work, now, s)):
+                continue
             if view.healthy:
                 core.judge(server, Health.stood_still, why, now, s)
-            for attempt in waiting:
-                attempt.give_up(even_begun=not view.healthy or attempt.movable())
+        else:  # nobody's failure; what has begun may go on after a wake or /resume
+            even_begun = False
+        for attempt in waiting:
+            attempt.give_up(even_begun=even_begun or attempt.movable())
 
 
 PAUSE_MAX_S = 60.0  # between two tries of background work that keeps failing
@@ -14000,13 +13972,17 @@ async def remove_server(core: Core, server: str) -> dict[str, Any]:
     return report_done(core, f"{name} removed")
 
 
-async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, Any]:
-    """Raises SettingsError."""
+def number_in(key: str, given: str | None, check: Clean) -> float:
+    """A number in a query.  Raises SettingsError."""
     try:
-        weight = SERVER_FIELDS["weight"].metadata["check"](given)
+        return float(check(given))
     except ValueError as expected:
         text = f"found {shown(given or 'nothing')}, expected {expected}"
-        raise SettingsError([Complaint("request", 0, "weight", text)]) from None
+        raise SettingsError([Complaint("request", 0, key, text)]) from None
+
+
+async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, Any]:
+    weight = number_in("weight", given, share_weight)
     core.roster.weigh(server, weight)
     name = shown_name(core, server)
     unmoved = ", ".join(unweighed(core.settings)) if weight else ""
@@ -14019,14 +13995,11 @@ async def drain_server(core: Core, server: str) -> dict[str, Any]:
     return report_done(core, f"{shown_name(core, server)} drained")
 
 
-async def drain_and_wait(core: Core, server: str, wait: str) -> dict[str, Any]:
+async def drain_and_wait(core: Core, server: str, wait: str | None) -> dict[str, Any]:
     """Drain a server and wait at most that many seconds until it is idle; the document says how
     many requests it still has then."""
-    try:
-        deadline = clock_now().monotonic + real(0, 3600)(wait)
-    except ValueError as expected:
-        text = f"found {shown(wait)}, expected {expected}"
-        raise SettingsError([Complaint("request", 0, "wait", text)]) from None
+    seconds = number_in("wait", "0" if wait is None else wait, real(0, 3600))
+    deadline = clock_now().monotonic + seconds
     done = await drain_server(core, server)
 
     def in_flight() -> int:
@@ -14242,7 +14215,7 @@ async def get_status(core: Core, asked: Asked) -> Reply:
 async def get_root(core: Core, asked: Asked) -> Reply:
     if "text/html" in asked.head.fields.get("accept"):
         return Reply(303, b"See /status.\n", "text/plain", [("Location", "status")])
-    return as_json(service_report())
+    return as_json({"service": "mvllm_lite", "version": __version__, "status": "running"})
 
 
 STATUS_S = 1.0  # between two events of /status/events
@@ -14372,15 +14345,16 @@ async def ask_successor(core: Core, asked: Asked, row: Endpoint) -> Reply | None
             client.fields = f"Authorization: Bearer {key}\r\n"
         try:
             status, content = await client.fetch(path, SUCCESSOR_S, asked.content)
-        except (PeerGone, BadMessage, TimeoutError) as error:
+        except NO_ANSWER as error:
             text = f"Process {os.getpid()} has a successor: {str(error) or 'it does not answer'}."
             return Reply(503, error_body(Fault.NO_SERVER, text))
     return Reply(status, content)
 
 
-def on_server(operation: Operation) -> Operate:
-    """An operation on the server that ?url= names."""
-    return lambda core, asked: operation(core, server_named(core, asked.query.get("url", "")))
+def on_server(operation: Callable[..., Awaitable[dict[str, Any]]], *more: str) -> Operate:
+    """An operation on the server that ?url= names, which takes `more` of the query."""
+    return lambda core, asked: operation(
+        core, server_named(core, asked.query.get("url", "")), *map(asked.query.get, more))
 
 
 ADMIN: dict[str, dict[str, tuple[Operate, str]]] = {
@@ -14392,12 +14366,9 @@ ADMIN: dict[str, dict[str, tuple[Operate, str]]] = {
                 "all servers, and what was done to them by hand"),
     },
     "/admin/servers/weight": {"POST": (
-        lambda core, asked: weigh_server(
-            core, server_named(core, asked.query.get("url", "")), asked.query.get("weight")),
-        "give the server with ?url= that &weight=")},
+        on_server(weigh_server, "weight"), "give the server with ?url= that &weight=")},
     "/admin/servers/drain": {"POST": (
-        lambda core, asked: drain_and_wait(
-            core, server_named(core, asked.query.get("url", "")), asked.query.get("wait", "0")),
+        on_server(drain_and_wait, "wait"),
         "no more requests for the server with ?url=; &wait= seconds for those that it has")},
     "/admin/servers/undrain": {"POST": (on_server(undrain_server), "take a drain back")},
     "/admin/servers/probe": {"POST": (
@@ -14839,9 +14810,8 @@ class Follower:
 
     async def follow(self) -> None:
         """Look at the files after an interval, or as soon as `look_now` is called."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.core.settings.config_reload_interval):
-                await self._look_now.wait()
+        async with at_most(self.core.settings.config_reload_interval):
+            await self._look_now.wait()
         asked = self._look_now.is_set()
         self._look_now.clear()
         self.look_at_secrets()
@@ -15245,11 +15215,8 @@ async def process_at(url: str) -> int:
     """The process id of the balancer that listens there; 0 if it does not say."""
     server = ServerSettings(url, verify=url.startswith("http:"))
     with contextlib.closing(HttpClient(server, Secrets(Settings((server,))))) as client:
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-            status, found = await client.fetch("/version", 2.0)
-            pid = read_members(found, None).get("pid") if status == 200 else None
-            return pid if isinstance(pid, int) else 0
-    return 0
+        pid = (await client.members_at("/version", 2.0)).get("pid")
+        return pid if isinstance(pid, int) else 0
 
 
 def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
@@ -15311,6 +15278,11 @@ class Balancer:
     """The whole program except for the command line.  `path` is a settings file to follow,
     `overrides` wins over it, `inherited` has sockets to listen on in place of new ones."""
 
+    _front: Front  # while it runs, as the next three
+    _watchers: Watchers
+    _services: Services
+    _tasks: asyncio.TaskGroup
+
     def __init__(
         self, settings: Settings, path: str = "", overrides: Overrides | None = None,
         inherited: Sockets | None = None,
@@ -15327,10 +15299,6 @@ class Balancer:
         self.handover = Handover(self.core)
         self._handing_over: asyncio.Task[None] | None = None
         self._roster: Mapping[str, Entry] = {}  # as last adopted
-        self._front: Front = None  # type: ignore[assignment]  # while it runs
-        self._watchers: Watchers = None  # type: ignore[assignment]  # while it runs
-        self._services: Services = None  # type: ignore[assignment]  # while it runs
-        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
@@ -15359,10 +15327,9 @@ class Balancer:
             follower = self._tasks.create_task(
                 guarded(core, "following the file", self.follower.follow))
             pulse = self._tasks.create_task(guarded(core, "the pulse", self.pulse))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEGIN_S):
-                    for one in core.beginnings:
-                        await one.wait()
+            async with at_most(BEGIN_S):
+                for one in core.beginnings:
+                    await one.wait()
             self._front = Front(
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
@@ -15426,9 +15393,8 @@ class Balancer:
 
     async def wait_for_second_stop(self, seconds: float) -> None:
         """Wait that long, or until `stop` is called a second time."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop_now.wait()
+        async with at_most(seconds):
+            await self._stop_now.wait()
 
     async def drain(self) -> None:
         """Let running answers finish, for at most drain_timeout.  A request that is on its way on
@@ -17455,15 +17421,6 @@ def registered_models(value: Any) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise ValueError("the name of a model, or a list of names")
     return found
-
-
-def matching(pattern: re.Pattern[str], expected: str) -> Clean:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise ValueError(expected)
-        return value
-
-    return check
 
 
 def instances_of(said: Any) -> dict[str, dict[str, Any]]:
@@ -20182,11 +20139,10 @@ class Child:
         if self.alive and grace_s:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self.ended()
-                    while group_members(self.pid):
-                        await asyncio.sleep(ENDS_LOOK_S / 4)
+            async with at_most(grace_s):
+                await self.ended()
+                while group_members(self.pid):
+                    await asyncio.sleep(ENDS_LOOK_S / 4)
         until = loop.time() + KILLED_S
         while left := group_members(self.pid):
             with contextlib.suppress(OSError):
@@ -20350,25 +20306,21 @@ class Instance:
         """The answer to POST, in JSON.  Raises PeerGone, with its words if it refuses."""
         return await fetch_json(self.client, path, path, content, SLEEP_CALL_S)
 
-    async def told(self, path: str) -> dict[str, Any]:
-        """GET a path from it and return the answer's JSON object; {} without a good answer."""
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-            status, said = await self.client.fetch(path, 5.0)
-            return read_members(said, None) if status == 200 else {}
-        return {}
+    async def says_asleep(self) -> Any:
+        return (await self.client.members_at("/is_sleeping", 5.0)).get("is_sleeping")
 
     async def health(self) -> int:
         """The status that its health path answers; 0 without an answer."""
         try:
             return (await self.client.fetch("/health", 5.0))[0]
-        except (PeerGone, BadMessage, TimeoutError):
+        except NO_ANSWER:
             return 0
 
     async def look(self) -> str:
         """Why it is not ready, or ''."""
         if (status := await self.health()) not in (200, 404):
             return f"/health answers {status}" if status else "it does not answer"
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+        with contextlib.suppress(*NO_ANSWER):
             status, said = await self.client.fetch("/v1/models", 5.0)
             listed = model_list(said) if status == 200 else None
             if listed is None:
@@ -20509,7 +20461,7 @@ class Agent:
         one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
         one.listens(int(saved["port"]))
         if phase is not Phase.STARTING:
-            asleep = sleeps(model) and (await one.told("/is_sleeping")).get("is_sleeping")
+            asleep = sleeps(model) and await one.says_asleep()
             life.phase = Phase.SLEEPING if asleep else Phase.RUNNING
         self.instances[name] = one
         log.info("model %s is taken over: process %d, %s", name, child.pid, life.phase.value)
@@ -20632,7 +20584,7 @@ class Agent:
                 await self.wake_or_end(one)
             try:
                 await one.post(f"/sleep?level={level}&mode=wait")
-                if (await one.told("/is_sleeping")).get("is_sleeping") is False:
+                if await one.says_asleep() is False:
                     raise PeerGone("/is_sleeping says that it does not", Fault.BAD_ANSWER)
             except PeerGone as gone:
                 one.sleepless = True
@@ -20677,7 +20629,7 @@ class Agent:
             last = path in ("/wake_up", "/wake_up?tags=kv_cache")
             if last and said.get("status") != "awake":
                 raise PeerGone(f"{path} said {shown(str(said))}", Fault.BAD_ANSWER)
-        if (await one.told("/is_sleeping")).get("is_sleeping") is True:
+        if await one.says_asleep() is True:
             raise PeerGone("/is_sleeping says that it still does", Fault.BAD_ANSWER)
         one.level = 0
 
@@ -21279,9 +21231,8 @@ class ModelPool(Holdings):
             except Exception:  # a mistake of ours must not leave models without care
                 self.core.internal_error("deciding on models")
             self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_AT_POOL_S):
-                    await self._changed.wait()
+            async with at_most(LOOK_AT_POOL_S):
+                await self._changed.wait()
 
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
         """This machine's agent, and what a predecessor has left it: models that were registered,
@@ -21505,10 +21456,9 @@ class ModelPool(Holdings):
             self.define_servers()
 
     async def drained(self, id: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.core.settings.drain_timeout):
-                while self.requests_at(id):
-                    await asyncio.sleep(0.02)
+        async with at_most(self.core.settings.drain_timeout):
+            while self.requests_at(id):
+                await asyncio.sleep(0.02)
 
     async def look_again(self, alias: str) -> None:
         """Refresh the reports on a model's instances, whose processes may have ended since."""
@@ -21536,9 +21486,8 @@ class ModelPool(Holdings):
                 if text := self.impossible(known):
                     return Outcome(Fault.MODEL_NOT_READY, f"The model {model.alias} cannot be"
                                    f" started: {text}.", after_s=60)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(until, beat_at) - now):
-                        await self.core.news.changed()
+                async with at_most(min(until, beat_at) - now):
+                    await self.core.news.changed()
                 if self.is_routable(model):
                     return WELL
                 if loop.time() >= beat_at:
@@ -21585,9 +21534,8 @@ class FollowedPool(ModelPool):
             for alias, waiting in self.uses.waiting.items():
                 if waiting and alias not in self.doing:
                     self.doing[alias] = tasks.create_task(self.have_woken(alias))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(MANAGER_LOOK_S):
-                    await self._changed.wait()
+            async with at_most(MANAGER_LOOK_S):
+                await self._changed.wait()
 
     async def look(self) -> None:
         """Take over the manager's report of its pool.  Trouble with it is logged once."""
@@ -22184,7 +22132,7 @@ async def manager_state(args: argparse.Namespace) -> str:
     with contextlib.closing(manager_client(args, "")) as client:
         try:
             status, found = await client.fetch("/liveness", 5.0)
-        except (PeerGone, BadMessage, TimeoutError) as error:
+        except NO_ANSWER as error:
             return str(error) or "no answer"
     return "answers" if found == b"OK" else f"is no balancer: /liveness answered {status}"
 
@@ -22203,7 +22151,7 @@ async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str)
             status, answer = await client.fetch(
                 "/workers/register", 5.0, json.dumps(document).encode())
             now = "" if status == 200 else f"{status}: {answer[:300].decode('utf-8', 'replace')}"
-        except (PeerGone, BadMessage, TimeoutError) as error:
+        except NO_ANSWER as error:
             now = str(error) or "no answer"
         if now != said:
             said = now
@@ -23797,9 +23745,8 @@ class ScreenProcess:
         telling.cancel()
         self.writer.transport.abort()
         if self.leave:  # the program has begun
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FAREWELL_S):
-                    return await child.wait()
+            async with at_most(FAREWELL_S):
+                return await child.wait()
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         return await child.wait()
@@ -27200,9 +27147,8 @@ async def simulate_process(args: argparse.Namespace) -> int:
     engine = subprocess.Popen([sys.executable, "-c", ENGINE_CODE, "VLLM::EngineCore"]) if (
         args.engine) else None
     print(f"(APIServer) Initializing a simulated engine, model {args.model}", flush=True)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(args.start_s):
-            await server.over.wait()
+    async with at_most(args.start_s):
+        await server.over.wait()
     if args.fail:
         print(f"ValueError: {args.fail}", flush=True)
         return 1
@@ -27273,7 +27219,7 @@ async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
     balancer_itself = ServerSettings(own_url(s, s.host, balancer.port))
     with contextlib.closing(HttpClient(balancer_itself)) as client:
         async def post(path: str, content: bytes) -> None:
-            with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+            with contextlib.suppress(*NO_ANSWER):
                 await client.fetch(f"/workers/{path}", 2.0, content)
 
         while True:
@@ -27347,7 +27293,7 @@ async def demo_traffic(
     async def ask(content: bytes) -> None:
         url = own_url(s, s.host, balancer.port)
         with contextlib.closing(HttpClient(ServerSettings(url))) as client:
-            with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+            with contextlib.suppress(*NO_ANSWER):
                 await client.fetch(path, 120.0, content)
 
     try:
@@ -27563,7 +27509,7 @@ async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tup
     """The status, or 0 without an answer; the content if the status is 200, or b""."""
     try:
         status, content = await client.fetch(path, timeout_s)
-    except (PeerGone, BadMessage, TimeoutError):
+    except NO_ANSWER:
         return 0, b""
     return status, content if status == 200 else b""
 
@@ -27584,7 +27530,7 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
     try:
         content = json.dumps(wanted).encode()
         status = await client.ask("/v1/completions", timeout_s, content, take)
-    except (PeerGone, BadMessage, TimeoutError):
+    except NO_ANSWER:
         return None
     if not came:
         return Streamed(status)
