@@ -276,7 +276,7 @@ from collections.abc import (
 )
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeGuard, TypeVar
 
 try:
     from compression import zstd  # since Python 3.14
@@ -22268,20 +22268,22 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 class Style(Enum):
-    """The meaning of a piece of text; the terminal decides how it looks."""
+    """The meaning of a piece of text, and how it looks: its colour in the terminal's palette (-1:
+    the default), on the terminal's own background, which may be light or dark; and an attribute of
+    curses, which shows without colours, too."""
 
-    PLAIN = "plain"
-    DIM = "dim"
-    TITLE = "title"
-    HEAD = "head"  # of a column
-    SORTED = "sorted"  # the head of the column that rows are sorted by
-    GOOD = "good"
-    WARN = "warn"
-    BAD = "bad"
-    SELECTED = "selected"
-    BAR = "bar"
-    KEY = "key"
-    ASK = "ask"  # a question that waits for its answer
+    PLAIN = -1, "A_NORMAL"
+    DIM = -1, "A_DIM"
+    TITLE = -1, "A_BOLD"
+    HEAD = 6, "A_BOLD"  # of a column
+    KEY = HEAD
+    GOOD = 2, "A_NORMAL"
+    WARN = 3, "A_BOLD"
+    BAD = 1, "A_BOLD"
+    BAR = 5, "A_NORMAL"
+    SELECTED = -1, "A_REVERSE"
+    SORTED = SELECTED  # the head of the column that rows are sorted by
+    ASK = SELECTED  # a question that waits for its answer
 
 
 Span = tuple[str, Style]
@@ -22292,29 +22294,6 @@ Document = Mapping[str, Any]
 class Size(NamedTuple):
     columns: int
     rows: int
-
-
-class Look(NamedTuple):
-    """What the terminal can show."""
-
-    unicode: bool = True
-    colours: bool = True
-
-    @property
-    def bar(self) -> tuple[str, str]:
-        return ("█", "░") if self.unicode else ("#", ".")
-
-    @property
-    def levels(self) -> str:
-        return "▁▂▃▄▅▆▇█" if self.unicode else "_.:-=+*#"
-
-    @property
-    def dots(self) -> str:
-        return "…" if self.unicode else "~"
-
-    @property
-    def rule(self) -> str:
-        return "─" if self.unicode else "-"
 
 
 class Mode(Enum):
@@ -22353,7 +22332,7 @@ class Ui(NamedTuple):
 
 # Text.  Terminals count cells: two for wide characters, none for combining ones.
 
-PLAINER = str.maketrans({"×": "x", "–": "-", "—": "-", "…": "~", "·": ".", "’": "'", "≥": ">="})
+ASCII = dict(zip("×–—…·’→─└░▁▂▃▄▅▆▇█", "x--~.'>-`._.:-=+*#"))
 SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # and other invisible ones
 
 
@@ -22371,40 +22350,44 @@ def cells(text: str) -> int:
     return len(text) if text.isascii() else sum(map(cell, text))
 
 
-def clean(text: str, look: Look) -> str:
+def clean(text: str) -> str:
     """Text without control characters, and without what would change the direction or the width of
     its neighbours."""
     if text.isascii() and text.isprintable():
         return text
     text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
-    if not look.unicode:
-        text = unicodedata.normalize("NFKD", text.translate(PLAINER))
-        text = "".join(c for c in text if not unicodedata.combining(c))
-        text = "".join(c if c.isascii() else "?" * cell(c) for c in text)
     text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     return f" {text}" if text and not cell(text[0]) else text  # a base to combine with
+
+
+def in_ascii(text: str) -> str:
+    """Text of the same width for a terminal that shows no more than ASCII."""
+    return text if text.isascii() else "".join(map(ascii_of, text))
+
+
+@functools.lru_cache(4096)
+def ascii_of(char: str) -> str:
+    base = ASCII.get(char) or unicodedata.normalize("NFKD", char)[: cell(char)]
+    return base if base.isascii() else "?" * cell(char)
 
 
 # Numbers, the URLs of actions, and texts of several lines.
 UNCLEANED = ("history", "url", "settings_error", "fleet", "hint")
 
 
-def cleaned(value: Any, look: Look) -> Any:
+def cleaned(value: Any) -> Any:
     """A status document whose texts are cleaned, each in one line."""
     if isinstance(value, str):
-        return clean(value, look)
+        return clean(value)
     if isinstance(value, list):
-        return [cleaned(item, look) for item in value]
+        return [cleaned(item) for item in value]
     if isinstance(value, dict):
-        return {key: item if key in UNCLEANED else cleaned(item, look)
-                for key, item in value.items()}
+        return {key: item if key in UNCLEANED else cleaned(item) for key, item in value.items()}
     return value
 
 
 def cut(text: str, width: int) -> str:
     """As much of a text's start as fits."""
-    if cells(text) <= width:
-        return text
     taken = 0
     for n, char in enumerate(text):
         taken += cell(char)
@@ -22413,19 +22396,19 @@ def cut(text: str, width: int) -> str:
     return text
 
 
-def fit(text: str, width: int, look: Look) -> str:
+def fit(text: str, width: int) -> str:
     """A text cut to fit, with a mark if anything was cut."""
     if cells(text) <= width:
         return text
-    return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
+    return cut(text, width - 1) + "…" if width > 1 else cut(text, width)
 
 
-def fit_name(name: str, width: int, look: Look) -> str:
+def fit_name(name: str, width: int) -> str:
     """A host:port cut to fit at the end of the host, never in the port."""
     if cells(name) <= width:
         return name
     host, colon, port = name.rpartition(":")
-    return fit(host, max(0, width - cells(port) - 1), look) + colon + port
+    return fit(host, max(0, width - cells(port) - 1)) + colon + port
 
 
 def pad(text: str, width: int, right: bool = False) -> str:
@@ -22468,12 +22451,12 @@ UNITS: tuple[tuple[float, float, str], ...] = (
 )
 
 
-def is_known(value: float | None) -> bool:
+def is_known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
 def short_number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
+    if not is_known(value):
         return "-"
     if abs(value) < 9.95:
         return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
@@ -22489,7 +22472,7 @@ def percent_text(ratio: float | None) -> str:
 
 def short_time(seconds: float | None) -> str:
     """60ms, 1.4s, 14s, 20m."""
-    if seconds is None or not math.isfinite(seconds):
+    if not is_known(seconds):
         return "-"
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
@@ -22509,7 +22492,7 @@ def time_pair(low: float | None, high: float | None) -> str:
 
 def long_time(seconds: float | None) -> str:
     """45 s, 12 min, 1 h 05 min, 3 d 4 h."""
-    if seconds is None or not math.isfinite(seconds):
+    if not is_known(seconds):
         return "an unknown time"
     whole = max(0, int(seconds))
     if whole < 120:
@@ -22521,22 +22504,19 @@ def long_time(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
-def bar_of(ratio: float | None, width: int, look: Look) -> str:
-    full, empty = look.bar
-    share = min(1.0, max(0.0, ratio)) if ratio is not None and math.isfinite(ratio) else 0.0
+def bar_of(ratio: float | None, width: int) -> str:
+    share = min(1.0, max(0.0, ratio)) if is_known(ratio) else 0.0
     count = math.ceil(share * width - 1e-9)  # the smallest share is visible
-    return full * count + empty * (width - count)
+    return "█" * count + "░" * (width - count)
 
 
-def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
+EIGHTHS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(history: Sequence[float | None]) -> str:
     """Values as bars, the newest at the right; an unknown value is a gap."""
-    marks, out = look.levels, ""
-    for ratio in history[-width:] if width > 0 else ():
-        if ratio is None or not math.isfinite(ratio):
-            out += " "
-        else:
-            out += marks[min(len(marks) - 1, max(0, int(ratio * len(marks))))]
-    return out
+    return "".join(EIGHTHS[min(7, max(0, int(ratio * 8)))] if is_known(ratio) else " "
+                   for ratio in history[-60:])
 
 
 # ══════════
@@ -22546,8 +22526,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 # The servers as a table: a server of a status document in, a line of styled text out.  Whatever a
 # colour says, a word or a number says too.
 #
-# To add a column: a row in COLUMNS, which has the order on the screen; `rank` decides which column
-# is left out first when room is short.
+# To add a column: a row in COLUMNS, which has the order on the screen.
 
 
 def load_ratio(server: Document) -> float | None:
@@ -22610,16 +22589,20 @@ def model_names(server: Document) -> str:
     return ", ".join(names) or "no models"
 
 
-def figure_text(
-    server: Document, key: str, form: Callable[[float | None], str] = short_number
-) -> str:
+def reported(
+    key: str, form: Callable[[float | None], str] = short_number
+) -> Callable[[Document], str]:
     """A number that a server has reported, with a `?` if the report is stale."""
-    value = server[key]
-    return form(value) + "?" * bool(server["stale"] and is_known(value))
+    return lambda server: form(server[key]) + "?" * (server["stale"] and is_known(server[key]))
 
 
-def unknown_last(value: float | None) -> float:
-    return -math.inf if value is None or not math.isfinite(value) else value
+def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], str]:
+    return lambda row: form(row[key]) if row[key] not in (None, "") else "-"
+
+
+def descending(key: str) -> Callable[[Document], float]:
+    """A sort key: the largest value first, the unknown last."""
+    return lambda server: -server[key] if is_known(server[key]) else math.inf
 
 
 # The sort keys of the list, by their names on the screen; the lowest value comes first.
@@ -22629,13 +22612,10 @@ SORTS: dict[str, Callable[[Document], Any]] = {
     "given": lambda server: 0,
     "name": lambda server: server["name"],
     "state": lambda server: (server["state"] == "healthy", server["state"]),
-    "load": lambda server: -unknown_last(load_ratio(server)),
-    "running": lambda server: -unknown_last(server["running"]),
-    "waiting": lambda server: -unknown_last(server["waiting"]),
-    "kv": lambda server: -unknown_last(server["kv_usage_ratio"]),
-    "ttft": lambda server: -unknown_last(server["ttft_p95_s"]),
-    "tokens": lambda server: -unknown_last(server["tokens_per_s"]),
-    "errors": lambda server: -unknown_last(server["errors"]),
+    "load": lambda server: -(load_ratio(server) or 0.0), "running": descending("running"),
+    "waiting": descending("waiting"), "kv": descending("kv_usage_ratio"),
+    "ttft": descending("ttft_p95_s"), "tokens": descending("tokens_per_s"),
+    "errors": descending("errors"),
 }
 
 
@@ -22644,13 +22624,10 @@ def listed_servers(ui: Ui, status: Document) -> list[Document]:
     name, state or models."""
     words = (ui.filter if ui.typed is None else ui.typed).lower().split()
 
-    def wanted(server: Document) -> bool:
-        if not words:
-            return True
-        text = f"{server['name']} {server['state']} {' '.join(server['models'] or ())}".lower()
-        return all(word in text for word in words)
+    def said(server: Document) -> str:
+        return f"{server['name']} {server['state']} {' '.join(server['models'] or ())}".lower()
 
-    servers = [server for server in status["servers"] if wanted(server)]
+    servers = (one for one in status["servers"] if all(word in said(one) for word in words))
     return sorted(servers, key=SORTS[ui.sort])
 
 
@@ -22663,26 +22640,26 @@ def selected(ui: Ui, status: Document) -> Document | None:
 
 
 # The table.
-def plain_style(server: Document) -> Style:
-    return Style.PLAIN
 
 
 class Column(NamedTuple):
+    """A column of a table."""
+
     head: str
-    rank: int  # the column with the highest rank is left out first
-    least: int  # width in cells
-    right: bool
-    text: Callable[[Document, Look], str]
-    style: Callable[[Document], Style] = plain_style
-    sort: str = ""  # the key in SORTS that sorts by this column
+    text: Callable[[Document], str]
+    right: bool = True
+    style: Callable[[Document], Style] = lambda row: Style.PLAIN
     most: int = 0  # width in cells if there is room; 0: that of its texts
+    rank: int = 0  # of the servers' columns the one with the highest is left out first,
+    least: int = 0  # and none is narrower than this
+    sort: str = ""  # the key in SORTS that sorts by this column
 
 
-def capacity_text(server: Document, look: Look) -> str:
+def capacity_text(server: Document) -> str:
     """A bar that shows how full a server is, and its capacity in requests."""
     learned = "~" if server["capacity_learned"] else ""
     number = learned + short_number(server["capacity"])
-    return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
+    return f"{bar_of(load_ratio(server), 6)} {number:>4}"
 
 
 def failure_style(server: Document) -> Style:
@@ -22690,41 +22667,38 @@ def failure_style(server: Document) -> Style:
 
 
 COLUMNS = (
-    Column("STATE", 0, 4, False, lambda s, look: state_text(s), state_style, "state"),
-    Column("MODELS", 4, 8, False, lambda s, look: model_names(s),
-           lambda s: Style.PLAIN if s["models"] else Style.DIM, most=60),
-    Column("RUN", 1, 3, True, lambda s, look: figure_text(s, "running"), plain_style, "running"),
-    Column("WAIT", 2, 4, True, lambda s, look: figure_text(s, "waiting"),
-           lambda s: Style.WARN if s["waiting"] else Style.PLAIN, "waiting"),
-    Column("OURS", 5, 4, True, lambda s, look: short_number(s["in_flight"])),
-    Column("CAPACITY", 3, 11, True, capacity_text, load_style, "load"),
-    Column("KV", 6, 4, True, lambda s, look: figure_text(s, "kv_usage_ratio", percent_text),
-           lambda s: Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN, "kv"),
-    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain_style,
-           "tokens"),
-    Column("TTFT 50/95", 8, 10, True,
-           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain_style, "ttft"),
-    Column("ERR", 7, 3, True, lambda s, look: short_number(s["errors"]), failure_style, "errors"),
-    Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
-    Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
-           lambda s: Style.BAR, most=60),
+    Column("STATE", state_text, False, state_style, least=4, sort="state"),
+    Column("MODELS", model_names, False, lambda s: Style.PLAIN if s["models"] else Style.DIM, 60,
+           rank=4, least=8),
+    Column("RUN", reported("running"), rank=1, least=3, sort="running"),
+    Column("WAIT", reported("waiting"), True,
+           lambda s: Style.WARN if s["waiting"] else Style.PLAIN, rank=2, least=4, sort="waiting"),
+    Column("OURS", text_at("in_flight", short_number), rank=5, least=4),
+    Column("CAPACITY", capacity_text, True, load_style, rank=3, least=11, sort="load"),
+    Column("KV", reported("kv_usage_ratio", percent_text), True, lambda s: (
+        Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN), rank=6, least=4,
+        sort="kv"),
+    Column("TOK/S", text_at("tokens_per_s", short_number), rank=9, least=5, sort="tokens"),
+    Column("TTFT 50/95", lambda s: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), rank=8, least=10,
+           sort="ttft"),
+    Column("ERR", text_at("errors", short_number), True, failure_style, rank=7, least=3,
+           sort="errors"),
+    Column("RETRY", text_at("retries", short_number), rank=11, least=5),
+    Column("LOAD", lambda s: sparkline(s["history"] or ()), True, lambda s: Style.BAR, 60,
+           rank=10, least=8),
 )
 MARK_CELLS = 2  # cells before a name, for the marks of the selection and of the state
 
 
-class Place(NamedTuple):
-    """A column with its width on the screen."""
-
-    column: Column
-    width: int
+Widths = list[tuple[Column, int]]  # the columns on the screen, each with its cells
 
 
-def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
+def places(servers: Sequence[Document], left: int) -> Widths:
     """The columns that fit; those that can use more cells get the rest of the room."""
     if not servers or left < 5:
         return []
-    wants = {column: max([len(column.head), *(cells(column.text(server, look))
-                                              for server in servers)]) for column in COLUMNS}
+    wants = {column: max(cells(column.head), *(cells(column.text(one)) for one in servers))
+             for column in COLUMNS}
     widths: dict[Column, int] = {}
     for column in sorted(COLUMNS, key=lambda column: column.rank):
         width = column.least if column.most else max(column.least, wants[column])
@@ -22736,10 +22710,10 @@ def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
         if column.most:
             more = max(0, min(left, min(column.most, wants[column]) - widths[column]))
             widths[column], left = widths[column] + more, left - more
-    return [Place(column, widths[column]) for column in COLUMNS if column in widths]
+    return [(column, widths[column]) for column in COLUMNS if column in widths]
 
 
-def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
+def table_head(name_width: int, shown: Widths, sort: str) -> Line:
     def head(text: str, key: str) -> Span:
         return text, Style.SORTED if sort == key else Style.HEAD
 
@@ -22751,23 +22725,24 @@ def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
     return line
 
 
-def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
-                reason_below: bool, width: int) -> Line:
+def server_line(
+    server: Document, name_width: int, shown: Widths, reason_below: bool, width: int
+) -> Line:
     """A server's row of the table.  Its trouble replaces its numbers, unless the trouble has a line
     of its own."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
-    name = fit_name(server["name"], name_width, look)
+    name = fit_name(server["name"], name_width)
     line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
     for column, cells_wide in shown:
         if column is not COLUMNS[0] and is_troubled(server) and not reason_below:
             if width < 60:
                 line[-1] = state_text(server, COLUMNS[0].least), style
             left, words = width - sum(cells(text) for text, _ in line) - 1, worst(server)
-            return [*line, (" ", Style.PLAIN), (fit(trouble_text(words), left, look), style)]
+            return [*line, (" ", Style.PLAIN), (fit(trouble_text(words), left), style)]
         word = (state_text(server, cells_wide) if column is COLUMNS[0] else
-                column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
-                fit(column.text(server, look), cells_wide, look))
+                column.text(server)[-cells_wide:] if column.head == "LOAD" else
+                fit(column.text(server), cells_wide))
         dim = server["stale"] and column.head in ("RUN", "WAIT", "KV")
         line.append((" ", Style.PLAIN))
         line.append((pad(word, cells_wide, column.right),
@@ -22775,10 +22750,9 @@ def server_line(server: Document, name_width: int, shown: Sequence[Place], look:
     return line
 
 
-def reason_line(server: Document, look: Look, width: int) -> Line:
-    corner = "└" if look.unicode else "`"
-    text = f"{corner} {trouble_text(worst(server))}"
-    return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
+def reason_line(server: Document, width: int) -> Line:
+    text = fit(f"└ {trouble_text(worst(server))}", width - 3)
+    return [("   ", Style.PLAIN), (text, state_style(server))]
 
 
 def marked(line: Line) -> Line:
@@ -22802,31 +22776,31 @@ GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
 }
 
 
-def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]:
+def graph_of(values: Sequence[float | None], rows: int) -> list[str]:
     """Values as columns in `rows` lines, the newest at the right; the highest fills its column."""
-    top = max((value for value in values if is_known(value)), default=0.0) or 1.0  # type: ignore
-    steps, lines = len(look.levels), list[str]()
-    heights = [None if not is_known(value) else math.ceil(value / top * steps * rows - 1e-9)
-               for value in values]  # type: ignore[operator]
-    for row in reversed(range(rows)):
-        marks = ((" " if height is None or (row and height <= row * steps) else
-                  look.levels[max(0, min(steps, height - row * steps) - 1)]) for height in heights)
-        lines.append("".join(marks))
-    return lines
+    top = max(filter(is_known, values), default=0.0) or 1.0
+    heights = [math.ceil(value / top * 8 * rows - 1e-9) if is_known(value) else None
+               for value in values]
+    return ["".join(
+        " " if height is None or (row and height <= row * 8) else
+        EIGHTHS[max(0, min(8, height - row * 8) - 1)] for height in heights)
+        for row in reversed(range(rows))]
 
 
-def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line]:
+def titled(words: str, width: int) -> Line:
+    """The line above a part of the screen."""
+    return [(f"── {words} ".ljust(width, "─"), Style.DIM)]
+
+
+def graph_lines(fleet: Document, rows: int, width: int) -> list[Line]:
     """Graphs of the fleet's last 15 minutes, in at most `rows` lines."""
-    if rows < 1:
-        return []
-    lines: list[Line] = [[(f"{look.rule * 2} the last 15 minutes ", Style.DIM),
-                          (look.rule * (width - 23), Style.DIM)]]
+    lines = [titled("the last 15 minutes", width)][:rows]
     tall, wide = (rows - 1) // len(GRAPHED), max(1, (width - 20) // GRAPH_POINTS)
-    for name, (label, form) in GRAPHED.items():
+    for name, (label, form) in GRAPHED.items() if rows else ():
         values = fleet[name][-max(1, (width - 20) // wide):]
         now, top = (form(value) for value in (
             values[-1] if values else None, max(filter(is_known, values), default=None)))
-        drawn = graph_of([value for value in values for _ in range(wide)], tall, look)
+        drawn = graph_of([value for value in values for _ in range(wide)], tall)
         for n, line in enumerate(drawn):
             words = f"{label:11}{now:>6}" if n == tall - 1 else f"{top:>17}" if n == 0 else ""
             lines.append([(f"{words:18}", Style.PLAIN if n == tall - 1 else Style.DIM),
@@ -22837,27 +22811,13 @@ def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line
 # The views that Tab shows.
 
 
-class ViewColumn(NamedTuple):
-    """A column of a view, of at most `width` cells, or twice as many where there is ample room."""
-
-    head: str
-    text: Callable[[Document], str]
-    right: bool = True
-    style: Callable[[Document], Style] = plain_style
-    width: int = 100
-
-
 class View(NamedTuple):
     """A table other than that of the servers."""
 
     rows: Callable[[Document], Sequence[Document]]
-    columns: Sequence[ViewColumn]  # the last ones are left out first
+    columns: Sequence[Column]  # the last ones are left out first
     empty: str  # the text when there are no rows
     acts: Mapping[str, str] = {}  # verbs by key, for the selected row's "model"
-
-
-def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], str]:
-    return lambda row: form(row[key]) if row[key] not in (None, "") else "-"
 
 
 def request_rows(status: Document) -> list[Document]:
@@ -22878,47 +22838,47 @@ def short_server(url: str) -> str:
 # To add a view: a row in VIEWS; Tab then reaches it.
 VIEWS: dict[str, View] = {
     "models": View(lambda status: status["models"], (
-        ViewColumn("MODEL", text_at("model"), False, width=30),
-        ViewColumn("STATE", text_at("state"), False, lambda row: (
+        Column("MODEL", text_at("model"), False, most=30),
+        Column("STATE", text_at("state"), False, lambda row: (
             Style.GOOD if row["state"] == "served" else Style.WARN), 24),
-        ViewColumn("SERVERS", lambda row: f"{row['healthy']}/{row['servers']}", True, lambda row: (
+        Column("SERVERS", lambda row: f"{row['healthy']}/{row['servers']}", True, lambda row: (
             Style.PLAIN if row["healthy"] == row["servers"] else Style.WARN)),
-        ViewColumn("OURS", text_at("in_flight", short_number)),
-        ViewColumn("REQ/S", text_at("requests_per_s", short_number)),
-        ViewColumn("TOK/S", text_at("tokens_per_s", short_number)),
-        ViewColumn("TTFT 50/95", lambda row: time_pair(row["ttft_p50_s"], row["ttft_p95_s"])),
-        ViewColumn("ERR", text_at("errors", short_number), True, failure_style),
+        Column("OURS", text_at("in_flight", short_number)),
+        Column("REQ/S", text_at("requests_per_s", short_number)),
+        Column("TOK/S", text_at("tokens_per_s", short_number)),
+        Column("TTFT 50/95", lambda row: time_pair(row["ttft_p50_s"], row["ttft_p95_s"])),
+        Column("ERR", text_at("errors", short_number), True, failure_style),
     ), "no server has listed a model, and none was asked for"),
     "requests": View(request_rows, (
-        ViewColumn("TIME", text_at("time_s", short_time)),
-        ViewColumn("SERVER", lambda row: " → ".join(
-            short_server(row[at]) for at in ("prefill", "server") if row.get(at)), False, width=22),
-        ViewColumn("TOKENS", text_at("tokens", short_number)),
-        ViewColumn("HOW", text_at("end"), False, lambda row: (
+        Column("TIME", text_at("time_s", short_time)),
+        Column("SERVER", lambda row: " → ".join(
+            short_server(row[at]) for at in ("prefill", "server") if row.get(at)), False, most=22),
+        Column("TOKENS", text_at("tokens", short_number)),
+        Column("HOW", text_at("end"), False, lambda row: (
             Style.BAD if row["bad"] else Style.PLAIN), 34),
-        ViewColumn("MODEL", text_at("model"), False, width=24),
-        ViewColumn("KEY", text_at("key"), False, width=12),
-        ViewColumn("TTFT", text_at("first_s", short_time)),
-        ViewColumn("ID", text_at("id"), False),
+        Column("MODEL", text_at("model"), False, most=24),
+        Column("KEY", text_at("key"), False, most=12),
+        Column("TTFT", text_at("first_s", short_time)),
+        Column("ID", text_at("id"), False),
     ), "no requests yet"),
     "keys": View(lambda status: status["keys"], (
-        ViewColumn("KEY", lambda row: row["name"] or "(no key)", False, width=30),
-        ViewColumn("REQUESTS", text_at("requests", short_number)),
-        ViewColumn("PROMPT", text_at("prompt", short_number)),
-        ViewColumn("CACHED", text_at("cached", short_number)),
-        ViewColumn("COMPLETION", text_at("completion", short_number)),
+        Column("KEY", lambda row: row["name"] or "(no key)", False, most=30),
+        Column("REQUESTS", text_at("requests", short_number)),
+        Column("PROMPT", text_at("prompt", short_number)),
+        Column("CACHED", text_at("cached", short_number)),
+        Column("COMPLETION", text_at("completion", short_number)),
     ), "nobody has used anything yet"),
     "pool": View(lambda status: status["services"].get("models", []), (
-        ViewColumn("MODEL", text_at("model"), False, width=24),
-        ViewColumn("STATE", text_at("state"), False, lambda row: {
+        Column("MODEL", text_at("model"), False, most=24),
+        Column("STATE", text_at("state"), False, lambda row: {
             "running": Style.GOOD, "failed": Style.BAD}.get(row["state"], Style.WARN)),
-        ViewColumn("WHERE", text_at("where"), False, width=20),
-        ViewColumn("GB", text_at("gb", short_number)),
-        ViewColumn("SINCE", text_at("since_s", short_time)),
-        ViewColumn("IDLE", text_at("idle_s", short_time)),
-        ViewColumn("WAIT", text_at("waiting", short_number)),
-        ViewColumn("NEXT", text_at("next"), False, width=27),
-        ViewColumn("WHY", text_at("why"), False, width=40),
+        Column("WHERE", text_at("where"), False, most=20),
+        Column("GB", text_at("gb", short_number)),
+        Column("SINCE", text_at("since_s", short_time)),
+        Column("IDLE", text_at("idle_s", short_time)),
+        Column("WAIT", text_at("waiting", short_number)),
+        Column("NEXT", text_at("next"), False, most=27),
+        Column("WHY", text_at("why"), False, most=40),
     ), "no [[models]] here, and none was registered", {"w": "wake", "s": "sleep", "x": "stop"}),
 }
 
@@ -22931,25 +22891,25 @@ def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
     return at, rows[at] if rows else None
 
 
-def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0) -> list[Line]:
-    """A view as a table: its head, and a line for each row; `at` is the selected one."""
+def view_lines(view: View, status: Document, width: int, at: int = 0) -> list[Line]:
+    """A view as a table: its head, and a line for each row; `at` is the selected one.  Where there
+    is ample room, columns may be twice as wide."""
     rows = list(view.rows(status))
     if not rows:
         return [[(view.empty, Style.DIM)]]
     mark: Line = [("  ", Style.PLAIN)] * bool(view.acts)
-    shown, left = list[tuple[ViewColumn, int]](), width - 2 * len(mark)
+    shown, left = Widths(), width - 2 * len(mark)
     for column in view.columns:
         wants = max(cells(column.head), *(cells(column.text(row)) for row in rows))
-        size = min(wants, column.width if left < 110 else 2 * column.width, left)
+        size = min(wants, column.most * (1 + (left >= 110)) or wants, left)
         if size < min(wants, 4):
             break
         shown.append((column, size))
         left -= size + 2
 
-    def line(text: Callable[[ViewColumn], str], style: Callable[[ViewColumn], Style]) -> Line:
-        return mark + [
-            (pad(fit(text(column), size, look), size, column.right) + "  ", style(column))
-            for column, size in shown]
+    def line(text: Callable[[Column], str], style: Callable[[Column], Style]) -> Line:
+        return mark + [(pad(fit(text(column), size), size, column.right) + "  ", style(column))
+                       for column, size in shown]
 
     lines = [line(lambda column: column.text(row), lambda column: column.style(row))
              for row in rows]
@@ -23013,16 +22973,16 @@ def title_line(status: Document, ui: Ui, width: int) -> Line:
     return [*line, (" " * gap, Style.PLAIN), (clock, Style.DIM)] if gap > 0 else line
 
 
-def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+def settings_lines(status: Document, rows: int, width: int) -> list[Line]:
     """The source of the settings, or the complaint about them, in at most `rows` lines."""
     if status["settings_error"] and rows > 0:
-        lines = [clean(line, look) for line in status["settings_error"].splitlines()]
+        lines = map(clean, status["settings_error"].splitlines())
         complaint = wrapped("settings not used: " + "\n".join(lines), width)
         return [[(line, Style.BAD)] for line in complaint[:rows]]
     return [[(f"settings {status['settings']}", Style.DIM)]][:rows]
 
 
-def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+def top_lines(status: Document, ui: Ui, size: Size) -> list[Line]:
     """The lines above the table: the totals, and what else fits."""
     width, rows = size
     lines = [packed(total_items(status), width)]
@@ -23031,7 +22991,7 @@ def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     elif ui.paused:
         lines = [packed([("PAUSED", Style.ASK), *total_items(status)], width)]
     spare = 0 if rows < 10 else 1 if rows < 14 else min(5, rows // 6)
-    return lines + settings_lines(status, spare, look, width)
+    return lines + settings_lines(status, spare, width)
 
 
 KEYS = (
@@ -23079,19 +23039,16 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
     return [*line, (" " * max(0, left), Style.PLAIN), (place, Style.DIM)] if place else line
 
 
-def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+def event_lines(status: Document, rows: int, width: int) -> list[Line]:
     """A title, and as many of the newest events as fit below it."""
     if rows < 2:
         return []
-    lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
-                          (look.rule * (width - 10), Style.DIM)]]
+    lines = [titled("events", width)]
     for event in status["events"][1 - rows :]:
-        level = event["level"]
+        level, begin = event["level"], f"{event['time']} "
         style = {"warning": Style.WARN, "error": Style.BAD}.get(level, Style.PLAIN)
         words = event["text"] if level == "info" else f"{level}: {event['text']}"
-        line: Line = [(f"{event['time']} ", Style.DIM), (words, style)]
-        taken = cells(event["time"]) + 1
-        lines.append([line[0], (fit(words, max(0, width - taken), look), style)])
+        lines.append([(begin, Style.DIM), (fit(words, max(0, width - cells(begin))), style)])
     return lines
 
 
@@ -23105,8 +23062,8 @@ class Frame(NamedTuple):
     events: int  # rows for events
 
 
-def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
-    top = top_lines(status, ui, look, size)
+def frame(status: Document, ui: Ui, size: Size) -> Frame:
+    top = top_lines(status, ui, size)
     free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
     servers = listed_servers(ui, status)
     with_reasons = len(servers) + sum(map(is_troubled, servers))
@@ -23121,24 +23078,24 @@ def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
                  events if events > 1 else 0)
 
 
-def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    parts, servers, width = frame(status, ui, look, size), listed_servers(ui, status), size.columns
+def list_lines(status: Document, ui: Ui, size: Size) -> list[Line]:
+    parts, servers, width = frame(status, ui, size), listed_servers(ui, status), size.columns
     name_width = max([6, *(cells(server["name"]) for server in servers)])
     name_width = max(0, min(name_width, width - MARK_CELLS))
-    shown = places(servers, width - MARK_CELLS - name_width, look)
+    shown = places(servers, width - MARK_CELLS - name_width)
     rows: list[Line] = []
     window = servers[ui.scroll : ui.scroll + max(0, parts.table)]
     for server in window:
-        line = server_line(server, name_width, shown, look, parts.reasons, width)
+        line = server_line(server, name_width, shown, parts.reasons, width)
         rows.append(marked(line) if server["url"] == ui.selected else line)
         if parts.reasons and is_troubled(server):
-            rows.append(reason_line(server, look, width))
+            rows.append(reason_line(server, width))
     if not servers:
         rows = [[("no server matches the filter" if status["servers"] else
                   "no servers in the settings", Style.WARN)]]
     rows = (rows + [[]] * parts.table)[: parts.table]
-    rows += graph_lines(status["fleet"], parts.graphs, look, width)
-    events = event_lines(status, parts.events, look, width)
+    rows += graph_lines(status["fleet"], parts.graphs, width)
+    events = event_lines(status, parts.events, width)
     rows += events + [[]] * (parts.events - len(events))
     end = ui.scroll + len(window)
     place = f"{ui.scroll + 1}-{end} of {len(servers)}" if len(window) < len(servers) else ""
@@ -23146,55 +23103,54 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     return [*parts.top, head, *rows, key_line(ui, place, width)]
 
 
-def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
+def facts(server: Document) -> Iterator[tuple[str, str, Style]]:
     """Everything known about a server, as triples of label, text and style."""
-    state = f"{server['state']} for {long_time(server['since_s'])}"
-    yield "state", state, state_style(server)
+
+    def number(key: str) -> str:
+        return short_number(server[key])
+
+    old = " (reported some time ago)" * server["stale"]
+    yield "state", f"{server['state']} for {long_time(server['since_s'])}", state_style(server)
     troubles = [one for one in server["troubles"] if one["level"] != "note"]
     if server["reason"] and server["reason"] not in {one["text"] for one in troubles}:
         yield "reason", server["reason"], Style.PLAIN
     for one in troubles:
         yield "trouble", trouble_text(one), LEVEL_STYLES[one["level"]]
-    source = f", from {clean(server['source'], look)}" if server["source"] else ""
-    yield "url", clean(server["url"], look) + source.replace("_", " "), Style.PLAIN
+    source = f", from {clean(server['source'])}" if server["source"] else ""
+    yield "url", clean(server["url"]) + source.replace("_", " "), Style.PLAIN
     yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
-    old = " (reported some time ago)" if server["stale"] else ""
-    running, waiting, ours = (
-        short_number(server[key]) for key in ("running", "waiting", "in_flight"))
-    words = f"{running} running, {waiting} waiting{old}" if is_known(server["running"]) else (
-        "never reported")
-    words += f"; {ours} of ours in flight"
-    yield "requests", words, Style.PLAIN
+    words = f"{number('running')} running, {number('waiting')} waiting{old}" if (
+        is_known(server["running"])) else "never reported"
+    yield "requests", f"{words}; {number('in_flight')} of ours in flight", Style.PLAIN
     ratio, note = load_ratio(server), server["capacity_note"]
     learned = ("as set" if not server["capacity_learned"] else
                "learned" if server["capacity_seen"] else "assumed, until there is traffic")
-    words = f"{bar_of(ratio, 10, look)} {percent_text(ratio)} of {short_number(server['capacity'])}"
-    yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
+    words = f"{bar_of(ratio, 10)} {percent_text(ratio)} of {number('capacity')}, {learned}"
+    yield "capacity", words + f"; {note}" * bool(note), load_style(server)
     usage = server["kv_usage_ratio"]
-    told = percent_text(usage) + old if is_known(usage) else "never reported"
-    yield "KV cache", told, Style.PLAIN
-    yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
-    pending, speed = (
-        short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
+    yield ("KV cache", percent_text(usage) + old if is_known(usage) else "never reported",
+           Style.PLAIN)
+    yield "tokens/s", f"{number('tokens_per_s')} generated", Style.PLAIN
+    speed = number("prompt_tokens_per_second")
     read = f"read at {speed} tokens/s" if speed != "0" else "its speed was not seen yet"
-    if foreign := server["foreign_prompt_tokens_per_second"]:
-        read += f"; for others it reads {short_number(foreign)} tokens/s"
+    if server["foreign_prompt_tokens_per_second"]:
+        read += f"; for others it reads {number('foreign_prompt_tokens_per_second')} tokens/s"
+    pending = number("pending_prompt_tokens")
     yield "prompts", f"{pending} tokens not answered yet, {read}", Style.PLAIN
     step = f"{step_ms:.3g} ms" if (step_ms := server["step_ms"]) else "not learned yet"
     yield "pace", f"{step} for a token of an answer, with no other work", Style.PLAIN
     p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
     yield "TTFT", f"{p50} median, {p95} p95, of the last minute", Style.PLAIN
-    errors, retries = short_number(server["errors"]), short_number(server["retries"])
-    words = f"{errors} errors, {retries} retries in the last minute"
+    words = f"{number('errors')} errors, {number('retries')} retries in the last minute"
     yield "failures", words, failure_style(server)
-    yield "load", sparkline(server["history"] or (), 60, look) or "-", Style.BAR
+    yield "load", sparkline(server["history"] or ()) or "-", Style.BAR
 
 
-def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
+def detail_lines(server: Document, width: int) -> list[Line]:
     """The text of a server's own screen, in as many lines as it takes."""
     lines: list[Line] = []
     indent = 10 if width >= 40 else 2
-    for what, words, style in facts(server, look):
+    for what, words, style in facts(server):
         if indent == 2:
             lines.append([(what, Style.HEAD)])
         for n, text in enumerate(wrapped(words, max(1, width - indent))):
@@ -23208,10 +23164,11 @@ def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
     return lines
 
 
-def help_lines(width: int, hint: str = "") -> list[Line]:
-    lines: list[Line] = [[(text, Style.PLAIN)] for text in wrapped(hint, max(1, width))]
-    lines = [*lines * bool(hint), [], [("Keys", Style.TITLE)]][0 if hint else 1 :]
-    lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
+def help_lines(width: int, hint: str) -> list[Line]:
+    """The help; a `hint` at what to try stands first."""
+    def told(text: str) -> list[Line]:
+        return [[(line, Style.PLAIN)] for line in wrapped(text, max(1, width))]
+
     meanings = (
         "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
         " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
@@ -23219,62 +23176,53 @@ def help_lines(width: int, hint: str = "") -> list[Line]:
         " RETRY (of these, those that another followed) are of the last minute.  LOAD is"
         " the past, newest at the right.  Before a name, ! is out and ? is in trouble, or"
         " on its way in or out.")
-    lines += [[], [("Numbers", Style.TITLE)]]
-    lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
-    lines += [[], [("Short words for states", Style.TITLE)]]
-    return lines + [[(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
-                    for word, short in SHORT_STATES.items()]
+    return [
+        *[*told(hint), []] * bool(hint), [("Keys", Style.TITLE)],
+        *([(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS),
+        [], [("Numbers", Style.TITLE)], *told(meanings),
+        [], [("Short words for states", Style.TITLE)],
+        *([(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
+          for word, short in SHORT_STATES.items())]
 
 
-def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
+def page_lines(status: Document, ui: Ui, size: Size) -> tuple[Line, list[Line]]:
     """The title and the text of a screen that is not the list."""
+    width = size.columns
     if ui.mode is Mode.VIEW:
-        title = packed([(ui.view.upper(), Style.TITLE), *total_items(status)], size.columns)
-        return title, view_lines(
-            VIEWS[ui.view], status, look, size.columns, row_at(ui, status)[0])
+        title = packed([(ui.view.upper(), Style.TITLE), *total_items(status)], width)
+        return title, view_lines(VIEWS[ui.view], status, width, row_at(ui, status)[0])
     server = selected(ui, status)
     if ui.mode is Mode.HELP or server is None:
-        return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns, status["hint"])
-    name = fit_name(server["name"], size.columns, look)
-    return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
+        return [("mvllm_lite, help", Style.TITLE)], help_lines(width, status["hint"])
+    return [(fit_name(server["name"], width), Style.TITLE)], detail_lines(server, width)
 
 
-def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
+def settle(ui: Ui, status: Document, size: Size) -> Ui:
     """The Ui adjusted to the status: the selected row exists and is on the screen."""
     if ui.mode is not Mode.LIST:
         if ui.mode is Mode.DETAIL and selected(ui, status) is None:
-            return settle(ui._replace(mode=Mode.LIST), status, look, size)
+            return settle(ui._replace(mode=Mode.LIST), status, size)
         page = max(1, size.rows - 2)
-        most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
+        most = max(0, len(page_lines(status, ui, size)[1]) - page)
         at, row = row_at(ui, status)
         if row is not None:  # it is below a line of heads
-            ui = ui._replace(model=row["model"], lines_up=max(
-                at + 2 - page, min(ui.lines_up, at)))
+            ui = ui._replace(model=row["model"], lines_up=max(at + 2 - page, min(ui.lines_up, at)))
         return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
     urls = [server["url"] for server in listed_servers(ui, status)]
-    page = max(1, frame(status, ui, look, size).table)
+    page = max(1, frame(status, ui, size).table)
     at = urls.index(ui.selected) if ui.selected in urls else 0
     scroll = max(at - page + 1, min(ui.scroll, at, max(0, len(urls) - page)))
     url = urls[at] if urls else ""
     return ui._replace(selected=url, page=page, scroll=max(0, scroll), lines_up=0)
 
 
-def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """The screen's lines: one for each row of the terminal, none wider than its columns."""
-    status = cleaned(status, look)
-    return drawn(status, settle(ui, status, look, size), look, size)
-
-
-def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """`screen` for a cleaned status and a settled Ui."""
-    ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
-                     filter=clean(ui.filter, look))
-    if ui.typed is not None:
-        ui = ui._replace(typed=clean(ui.typed, look))
+def drawn(status: Document, ui: Ui, size: Size) -> list[Line]:
+    """The screen of a cleaned status and a settled Ui: a line for each row of the terminal, none
+    wider than its columns."""
     if ui.mode is Mode.LIST:
-        lines = list_lines(status, ui, look, size)
+        lines = list_lines(status, ui, size)
     else:
-        title, text = page_lines(status, ui, look, size)
+        title, text = page_lines(status, ui, size)
         seen = text[ui.lines_up : ui.lines_up + ui.page]
         rest = len(text) - ui.lines_up - len(seen)
         place = f"{rest} more lines below" if rest else "the end" if ui.lines_up else ""
@@ -23417,18 +23365,19 @@ def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
 
 
 # The names of keys, by curses' names and by characters.
-FUNCTION_KEYS = {
+KEY_NAMES = {
     "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
     "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
     "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
+    "\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
+    "\x0c": "redraw", "\x1b": "esc",
 }
-CONTROLS = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
-            "\x0c": "redraw", "\x1b": "esc"}
 
 
-def key_of(char: str) -> str:
-    """The name of the key that sends a character; '' if the key means nothing here."""
-    return char if char.isprintable() else CONTROLS.get(char, "")
+def key_of(sent: str) -> str:
+    """The name of the key that curses calls so, or that sends a character; '' if it means
+    nothing here."""
+    return KEY_NAMES.get(sent, sent if len(sent) == 1 and sent.isprintable() else "")
 
 
 # ══════════
@@ -23446,15 +23395,6 @@ NOT_TERMINALS = ("", "unknown", "network", "emacs")
 LIKELY = ("xterm-256color", "xterm", "vt100")  # tried for a terminal that terminfo does not know
 TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons search nowhere
 LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # terminfo's names; clear if there is no rmcup
-
-# A colour of the terminal's palette (-1: its default) on its own background, which may be light or
-# dark; and an attribute, which shows without colours, too.
-LOOKS = {
-    Style.DIM: (-1, "A_DIM"), Style.TITLE: (-1, "A_BOLD"), Style.HEAD: (6, "A_BOLD"),
-    Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
-    Style.BAD: (1, "A_BOLD"), Style.SELECTED: (-1, "A_REVERSE"), Style.BAR: (5, "A_NORMAL"),
-    Style.KEY: (6, "A_BOLD"), Style.ASK: (-1, "A_REVERSE"),
-}
 
 
 def in_foreground(descriptor: int) -> bool:
@@ -23573,7 +23513,7 @@ class CursesScreen:
         wide = window.encoding.lower().replace("-", "") == "utf8" and hasattr(window, "get_wch")
         colours = curses.has_colors() and not os.environ.get("NO_COLOR")
         # The font of Linux's console has few characters.
-        self.look = Look(wide and os.environ["TERM"] != "linux", colours)
+        self.writes = str if wide and os.environ["TERM"] != "linux" else in_ascii
         self.attributes = self.attributes_of(colours)
 
     def attributes_of(self, colours: bool) -> dict[Style, int]:
@@ -23583,7 +23523,8 @@ class CursesScreen:
             with contextlib.suppress(curses.error):  # the terminal has no default colours
                 curses.use_default_colors()
                 background = -1
-        for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
+        for n, style in enumerate(Style, 1):
+            colour, mark = style.value
             found[style] = getattr(curses, mark)
             if colours and colour >= 0:
                 curses.init_pair(n, colour, background)
@@ -23627,7 +23568,7 @@ class CursesScreen:
             message = json.loads(line)
             self.latest = message.get("status", self.latest)
             if "note" in message:
-                self.ui, self.changed = self.ui._replace(note=message["note"]), True
+                self.ui, self.changed = self.ui._replace(note=clean(message["note"])), True
         return bool(lines)
 
     def say(self, message: Mapping[str, str]) -> None:
@@ -23651,17 +23592,14 @@ class CursesScreen:
         read = getattr(self.window, "get_wch", self.window.getch)
         with contextlib.suppress(self.curses.error):  # no key was pressed
             while (code := read()) != -1:
-                if isinstance(code, int) and code > 255:
-                    key = FUNCTION_KEYS.get(self.curses.keyname(code).decode(), "")
-                else:
-                    key = key_of(code if isinstance(code, str) else chr(code))
-                if key:
+                if key := key_of(code if isinstance(code, str) else chr(code) if code < 256
+                                 else self.curses.keyname(code).decode()):
                     return key
         return ""
 
     def paint(self) -> None:
         if self.latest is not None and not (self.ui.paused and self.status):
-            self.status, self.latest = cleaned(self.latest, self.look), None
+            self.status, self.latest = cleaned(self.latest), None
         elif not self.changed:
             return
         if self.status is None:
@@ -23669,13 +23607,13 @@ class CursesScreen:
         self.changed = False
         rows, columns = self.window.getmaxyx()
         size = Size(columns, rows)
-        self.ui = settle(self.ui, self.status, self.look, size)
+        self.ui = settle(self.ui, self.status, size)
         self.window.erase()
-        for row, line in enumerate(drawn(self.status, self.ui, self.look, size)):
+        for row, line in enumerate(drawn(self.status, self.ui, size)):
             column = 0
             for text, style in line:
                 with contextlib.suppress(self.curses.error):  # no place after the last cell
-                    self.window.addstr(row, column, text, self.attributes.get(style, 0))
+                    self.window.addstr(row, column, self.writes(text), self.attributes[style])
                 column += cells(text)
         self.window.refresh()
 

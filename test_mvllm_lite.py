@@ -13953,7 +13953,7 @@ def test_the_totals_count_servers_by_their_worst_trouble():
     assert totals["troubles"] == [{"word": "KV full", "servers": 1}, {"word": "slow", "servers": 1}]
     status = document([shown_server(1)])
     status["totals"] |= {"queue": 3, "queue_full": True}
-    assert "queue 3 FULL" in text_of(status, Ui(), Look(True), 80, 24)[1]
+    assert "queue 3 FULL" in text_of(status, Ui(), 80, 24)[1]
 
 
 @pytest.mark.parametrize("failed, answered, words", table(
@@ -20317,7 +20317,7 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
 #  cells, table, screen, keys, terminal and top
 # ============================================================================================
 
-Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
+Action, Mode, Size, Style = lite.Action, lite.Mode, lite.Size, lite.Style
 Ui, press = lite.Ui, lite.press
 
 
@@ -20336,7 +20336,7 @@ def test_a_server_in_trouble_stands_on_top_with_words_and_the_title_counts_it(
     status = document([shown_server(1), shown_server(2, errors=3),
                        shown_server(3, troubles=[trouble])])
     status["totals"]["troubles"] = [{"word": word, "servers": 1}]
-    lines = text_of(status, Ui(), Look(True), columns, rows)
+    lines = text_of(status, Ui(), columns, rows)
     title = lines[0 if rows < 8 else 1]
     head = next(n for n, line in enumerate(lines) if line.startswith("  SERVER"))
     assert title.startswith(f"3 of 3 healthy  1 {word}")
@@ -20346,7 +20346,7 @@ def test_a_server_in_trouble_stands_on_top_with_words_and_the_title_counts_it(
 
 def test_the_detail_says_what_a_server_reads_for_others():
     told = {label: text for label, text, _ in lite.facts(
-        shown_server(1, foreign_prompt_tokens_per_second=400), Look(True))}
+        shown_server(1, foreign_prompt_tokens_per_second=400))}
     assert told["prompts"] == (
         "1200 tokens not answered yet, read at 9000 tokens/s; for others it reads 400 tokens/s")
 
@@ -20355,7 +20355,7 @@ def test_the_detail_says_once_why_a_server_is_out():
     slow = lite.Trouble("warn", "slow", "44 ms a token")._asdict()
     for server, told in ((shown_server(1, state="unhealthy"), ["trouble"]),
                          (shown_server(1, troubles=[slow]), ["reason", "trouble"])):
-        labels = [label for label, _, _ in lite.facts(server, Look(True))]
+        labels = [label for label, _, _ in lite.facts(server)]
         assert [label for label in labels if label in ("reason", "trouble")] == told
 
 
@@ -20424,9 +20424,14 @@ SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_f
 DRAINED_SERVER = "http://10.0.0.4:8000"
 
 
-def text_of(status, ui, look, columns, rows):
-    lines = lite.screen(status, ui, look, Size(columns, rows))
-    return ["".join(text for text, _ in line).rstrip() for line in lines]
+def drawn(status, ui, columns, rows):
+    status, size = lite.cleaned(status), Size(columns, rows)
+    return lite.drawn(status, lite.settle(ui, status, size), size)
+
+
+def text_of(status, ui, columns, rows, written=str):
+    return [written("".join(text for text, _ in line)).rstrip()
+            for line in drawn(status, ui, columns, rows)]
 
 
 # Captured screens
@@ -20517,13 +20522,13 @@ q quit  ? help  Tab view  Enter detail
 
 @pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
 def test_the_list_looks_like_this(columns, rows, expected):
-    lines = text_of(SHOWN_STATUS, Ui(), Look(), columns, rows)
+    lines = text_of(SHOWN_STATUS, Ui(), columns, rows)
     assert len(lines) == rows
     assert "\n".join(lines).rstrip("\n") == expected.strip("\n")
 
 
 def test_at_20x5_there_are_totals_servers_and_keys():
-    assert text_of(SHOWN_STATUS, Ui(), Look(False), 20, 5) == [
+    assert text_of(SHOWN_STATUS, Ui(), 20, 5, lite.in_ascii) == [
         "2 of 3 healthy",
         "  SERVER        STAT",
         ">!10.0.0.3:8000 down",
@@ -20533,7 +20538,7 @@ def test_at_20x5_there_are_totals_servers_and_keys():
 
 
 def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
-    lines = text_of(SHOWN_STATUS, Ui(), Look(), 80, 8)
+    lines = text_of(SHOWN_STATUS, Ui(), 80, 8)
     assert f">!10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
     assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
 
@@ -20543,7 +20548,7 @@ def test_the_selected_row_keeps_its_colours():
         (row,) = (line for line in lines if len(line) > 9 and "10.0.0.2:8000" in line[1][0])
         return [style for _, style in row]
 
-    plain, chosen = (styles(lite.screen(SHOWN_STATUS, Ui(selected=one), Look(), Size(120, 40)))
+    plain, chosen = (styles(drawn(SHOWN_STATUS, Ui(selected=one), 120, 40))
                      for one in (TOP_SERVER, SECOND))
     assert chosen[:2] == [Style.SELECTED] * 2 and chosen[2:] == plain[2:]
     assert Style.WARN in chosen and Style.BAD in chosen
@@ -20603,12 +20608,12 @@ POOL  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
   org/phi  absent   -       0      -     -     2  starts when it is asked for"""),
 ))
 def test_a_view_looks_like_this(view, expected):
-    lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), 80, 8)
+    lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), 80, 8)
     assert "\n".join(lines[:-1]).strip() == expected.replace("\n   1s", "\n  1s").strip()
     assert lines[-1].startswith(
         "q back  w wake  s sleep  x stop  Tab next view" if view == "pool" else "q back  Tab next")
     for columns, rows in ((20, 5), (40, 10), (200, 50)):
-        lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), columns, rows)
+        lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), columns, rows)
         assert all(len(line) <= columns for line in lines)
 
 
@@ -20624,9 +20629,9 @@ def test_a_view_looks_like_this(view, expected):
 def test_keys_wake_and_rest_the_selected_model(keys, asked, model):
     ui, action = Ui(Mode.VIEW, view="pool"), None
     for key in keys:
-        ui = lite.settle(ui, BUSY_STATUS, Look(), Size(80, 8))
+        ui = lite.settle(ui, BUSY_STATUS, Size(80, 8))
         ui, action = press(key, ui, BUSY_STATUS)
-    assert (action, lite.settle(ui, BUSY_STATUS, Look(), Size(80, 8)).model) == (asked, model)
+    assert (action, lite.settle(ui, BUSY_STATUS, Size(80, 8)).model) == (asked, model)
 
 
 def test_many_models_scroll_and_the_selected_one_is_always_seen():
@@ -20634,21 +20639,21 @@ def test_many_models_scroll_and_the_selected_one_is_always_seen():
     many = {**BUSY_STATUS, "services": {"models": [{**row, "model": f"m{n}"} for n in range(40)]}}
     ui = Ui(Mode.VIEW, view="pool")
     for key, name in (("", "m0"), ("G", "m39"), ("k", "m38"), ("pgup", "m32"), ("g", "m0")):
-        ui = lite.settle(press(key, ui, many)[0] if key else ui, many, Look(), Size(80, 8))
-        assert any(line.startswith(f"> {name} ") for line in text_of(many, ui, Look(), 80, 8))
-    assert text_of(many, ui, Look(), 80, 8)[1].startswith("  MODEL")
+        ui = lite.settle(press(key, ui, many)[0] if key else ui, many, Size(80, 8))
+        assert any(line.startswith(f"> {name} ") for line in text_of(many, ui, 80, 8))
+    assert text_of(many, ui, 80, 8)[1].startswith("  MODEL")
 
 
 def test_graphs_of_the_last_quarter_of_an_hour_use_the_room_there_is():
     def graphs(rows, columns=80):
-        lines = text_of(BUSY_STATUS, Ui(), Look(), columns, rows)
+        lines = text_of(BUSY_STATUS, Ui(), columns, rows)
         (at,) = [n for n, line in enumerate(lines) if "the last 15 minutes" in line] or (0,)
         return lines[at : lines.index(next(x for x in lines if "── events" in x))] if at else []
 
     assert graphs(22) == [] and len(graphs(24)) == 7 and len(graphs(40)) == 19
     assert len(graphs(40, 200)[-1]) == 198 and graphs(24)[1].endswith("▇" + "█" * 12)
-    assert lite.graph_of([0, 1, None, 2], 2, Look()) == ["   █", "▁█ █"]
-    assert lite.graph_of([0.0, None], 1, Look(False)) == ["_ "]
+    assert lite.graph_of([0, 1, None, 2], 2) == ["   █", "▁█ █"]
+    assert lite.in_ascii(lite.graph_of([0.0, None], 1)[0]) == "_ "
 
 
 def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
@@ -20657,18 +20662,18 @@ def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
                              ("pgup", "10.0.0.45:", "45-59 of 60"), ("k", "10.0.0.44:", "44-58"),
                              ("g", "10.0.0.1:", "1-15 of 60")):
         ui = press(key, ui, MANY)[0] if key else ui
-        ui = lite.settle(ui, MANY, Look(), Size(80, 24))
-        lines = text_of(MANY, ui, Look(), 80, 24)
+        ui = lite.settle(ui, MANY, Size(80, 24))
+        lines = text_of(MANY, ui, 80, 24)
         assert [line for line in lines if line.startswith(f"> {name}")], (key, lines)
         assert place in lines[-1]
 
 
 def test_the_selection_follows_its_server_when_the_order_changes():
     ui = Ui(selected=SECOND, sort="waiting")
-    lines = text_of(SHOWN_STATUS, ui, Look(), 80, 24)
+    lines = text_of(SHOWN_STATUS, ui, 80, 24)
     assert lines[4].startswith("> 10.0.0.2:8000")
     calm = document([shown_server(1, waiting=9), shown_server(2)])
-    assert text_of(calm, ui, Look(), 80, 24)[5].startswith("> 10.0.0.2:8000")
+    assert text_of(calm, ui, 80, 24)[5].startswith("> 10.0.0.2:8000")
 
 
 @pytest.mark.parametrize("sort, first", table(
@@ -20681,15 +20686,15 @@ def test_the_list_is_sorted(sort, first):
 def test_a_complaint_about_settings_is_read_without_scrolling():
     wrong = {**SHOWN_STATUS,
              "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
-    lines = text_of(wrong, Ui(), Look(), 80, 24)
+    lines = text_of(wrong, Ui(), 80, 24)
     assert "SETTINGS WRONG" in lines[1]
     assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
                           "servers.toml:9: what?"]
-    assert "SETTINGS WRONG" in text_of(wrong, Ui(), Look(), 40, 5)[0]
+    assert "SETTINGS WRONG" in text_of(wrong, Ui(), 40, 5)[0]
 
 
 def test_the_detail_has_all_that_is_known_of_a_server():
-    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), 80, 40))
     for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
                   "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries",
                   "from by hand"):
@@ -20697,25 +20702,25 @@ def test_the_detail_has_all_that_is_known_of_a_server():
 
 
 def test_the_detail_of_a_server_that_has_left_is_not_that_of_another():
-    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS, Look(), Size(80, 24))
+    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS, Size(80, 24))
     assert ui.mode is Mode.LIST
     assert press("d", Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS)[0].asked is None
 
 
 def test_help_names_every_key():
-    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.HELP), Look(), 80, 40))
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.HELP), 80, 40))
     assert all(key in text for key, _, _ in lite.KEYS)
 
 
 def test_a_port_is_kept_even_where_a_name_is_wider_than_the_screen():
     name = "gpu-node-17.cluster.example.com:8017"
     odd = document([shown_server(1, name=name)])
-    assert any(line.endswith("…:8017") for line in text_of(odd, Ui(), Look(), 20, 5))
-    assert any(name in line for line in text_of(odd, Ui(), Look(), 40, 5))
+    assert any(line.endswith("…:8017") for line in text_of(odd, Ui(), 20, 5))
+    assert any(name in line for line in text_of(odd, Ui(), 40, 5))
 
 
 def test_what_a_colour_says_a_word_or_a_mark_says_too():
-    for line in lite.screen(SHOWN_STATUS, Ui(selected=TOP_SERVER), Look(), Size(120, 24))[4:9]:
+    for line in drawn(SHOWN_STATUS, Ui(selected=TOP_SERVER), 120, 24)[4:9]:
         styles = {style for _, style in line}
         text = "".join(text for text, _ in line)
         if Style.SELECTED in styles:
@@ -20727,20 +20732,23 @@ def test_what_a_colour_says_a_word_or_a_mark_says_too():
 # Text
 
 
-@pytest.mark.parametrize("text, look, expected, width", table(
-    ("plain", "llama-3", Look(), "llama-3", 7),
-    ("wide", "模型", Look(), "模型", 4),
-    ("combining", "e\u0301a\u0308\u0323", Look(), "éạ\u0308", 2),
-    ("only combining", "\u0308", Look(), " \u0308", 1),
-    ("escape", "a\x1b[31mb", Look(), "a?[31mb", 7),
-    ("8-bit control", "a\x9bb", Look(), "a?b", 3),
-    ("turned around", "a\u202eb", Look(), "a?b", 3),
-    ("surrogate", "a\ud800", Look(), "a?", 2),
-    ("emoji made of several", "👩\u200d💻\ufe0f", Look(), "👩?💻", 5),
-    ("wide in ASCII", "模é×", Look(False), "??ex", 4),
-    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))
-def test_text_is_made_fit_to_be_shown(text, look, expected, width):
-    assert (lite.clean(text, look), lite.cells(lite.clean(text, look))) == (expected, width)
+@pytest.mark.parametrize("text, expected, width", table(
+    ("plain", "llama-3", "llama-3", 7),
+    ("wide", "模型", "模型", 4),
+    ("combining", "e\u0301a\u0308\u0323", "éạ\u0308", 2),
+    ("only combining", "\u0308", " \u0308", 1),
+    ("escape", "a\x1b[31mb", "a?[31mb", 7),
+    ("8-bit control", "a\x9bb", "a?b", 3),
+    ("turned around", "a\u202eb", "a?b", 3),
+    ("surrogate", "a\ud800", "a?", 2),
+    ("emoji made of several", "👩\u200d💻\ufe0f", "👩?💻", 5),
+    ("line ends", "a\nb\tc\u2028d", "a b   c d", 9)))
+def test_text_is_made_fit_to_be_shown(text, expected, width):
+    assert (lite.clean(text), lite.cells(lite.clean(text))) == (expected, width)
+
+
+def test_text_is_as_wide_in_ascii():
+    assert lite.in_ascii("模é×ﬁ│█ →e\u0301") == "??exf?# >e"
 
 
 @pytest.mark.parametrize("function, value, expected", table(
@@ -20819,7 +20827,7 @@ def independent_width(text):
 def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     draw = random.Random(seed)
     for _ in range(50):
-        look, status = Look(draw.random() < 0.5), random_document(draw)
+        written, status = draw.choice((str, lite.in_ascii)), lite.cleaned(random_document(draw))
         size = Size(draw.randrange(20, 251), draw.randrange(5, 71))
         if draw.random() < 0.1:
             size = Size(draw.randrange(0, 20), draw.randrange(0, 5))
@@ -20827,12 +20835,12 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
         for _ in range(draw.randrange(6)):
             ui, action = press(draw.choice(PRESSED), ui, status)
             assert action is None or action.verb in ("drain", "undrain", "probe", "quit")
-        lines = lite.screen(status, ui, look, size)
+        lines = drawn(status, ui, *size)
         assert len(lines) == size.rows
         for line in lines:
-            text = "".join(text for text, _ in line)
+            text = written("".join(text for text, _ in line))
             assert independent_width(text) <= size.columns
-            assert text.isprintable() and (look.unicode or text.isascii()), repr(text)
+            assert text.isprintable() and (written is str or text.isascii()), repr(text)
 
 
 # Keys
@@ -20896,8 +20904,9 @@ def test_keys_about_a_server_do_nothing_where_there_is_none():
 @pytest.mark.parametrize("char, key", table(
     ("a letter", "j", "j"), ("a wide one", "模", "模"), ("enter", "\r", "enter"),
     ("erase, of two terminals", "\x7f", "backspace"), ("and of others", "\b", "backspace"),
-    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))
-def test_a_key_that_sends_a_character_is_known_by_it(char, key):
+    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", ""),
+    ("an arrow, in curses' words", "KEY_UP", "up"), ("one without a meaning", "KEY_F(1)", "")))
+def test_a_key_is_known_by_what_it_sends(char, key):
     assert lite.key_of(char) == key
 
 
