@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import base64
+import bisect
 import fcntl
 import functools
 import gc
@@ -61,8 +62,18 @@ from mvllm_lite import Blame, Fault, Retry, Settings, State
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "mvllm_lite.py").read_text()
-TREE = ast.parse(SOURCE)
+OWN_SOURCE = Path(__file__).read_text()
 BANNER = re.compile(r"^# ═+\n#  (\d+)  ([a-z ]+)\n# ═+$", re.MULTILINE)
+
+
+@functools.cache
+def syntax_tree():
+    return ast.parse(SOURCE)
+
+
+@functools.cache
+def syntax_nodes():
+    return tuple(ast.walk(syntax_tree()))
 
 
 def table(*rows):
@@ -114,7 +125,7 @@ def rooms():
 
 
 def room_at(line):
-    return next(number for number, _, first, last in rooms() if first <= line <= last)
+    return rooms()[bisect.bisect(rooms(), line, key=lambda room: room[2]) - 1][0]
 
 
 MAP_LINE = re.compile(r"^ +(\d+)  ([a-z ]+?) +([·~]) ", re.MULTILINE)
@@ -134,7 +145,8 @@ def test_the_map_in_the_docstring_lists_the_rooms_in_their_order():
 
 def test_the_map_in_the_docstring_tells_in_which_room_what_it_names_is():
     named = re.findall(r"`(\w+)`\s+\((\d+)\)", lite.__doc__)
-    homes = {node.name: room_at(node.lineno) for node in TREE.body if hasattr(node, "name")}
+    homes = {node.name: room_at(node.lineno)
+             for node in syntax_tree().body if hasattr(node, "name")}
     assert (len(named) > 7 and {(name, homes[name]) for name, _ in named}
             == {(name, int(room)) for name, room in named})
 
@@ -162,11 +174,6 @@ def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_par
             == ["together", f"{SOURCE.count(chr(10)):,}"])
 
 
-def test_no_name_of_the_module_means_two_things():
-    names = Counter(names_defined(TREE))
-    assert [name for name, count in names.items() if count > 1] == []
-
-
 def test_the_file_fits_a_config_map():
     assert len(gzip.compress(SOURCE.encode())) < 500_000  # which holds 1 MiB, in base64
 
@@ -182,7 +189,7 @@ def names_used(scope):
 
 def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
     home = {}
-    for node in TREE.body:
+    for node in syntax_tree().body:
         names = [node.name] if hasattr(node, "name") else []
         assert home.keys().isdisjoint(names), f"in line {node.lineno}: {names} is taken"
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -200,7 +207,7 @@ def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
 def test_dry_rooms_know_no_socket_clock_file_or_loop():
     wet = {"asyncio", "socket", "ssl", "open", "os", "log", "logging", "signal", "queue", "print"}
     clocks = {"time", "monotonic", "perf_counter", "time_ns", "urandom"}
-    for node in ast.walk(TREE):
+    for node in syntax_nodes():
         if isinstance(node, ast.Name) and room_at(node.lineno) in dry_rooms():
             used = isinstance(node.ctx, ast.Load)
             assert not (used and node.id in wet), f"line {node.lineno}: {node.id}"
@@ -211,7 +218,7 @@ def test_dry_rooms_know_no_socket_clock_file_or_loop():
 
 
 def test_only_the_standard_library_is_imported_and_nothing_is_global():
-    for node in ast.walk(TREE):
+    for node in syntax_nodes():
         assert not isinstance(node, ast.Global)
         if isinstance(node, ast.Import):
             assert {a.name.split(".")[0] for a in node.names} <= sys.stdlib_module_names
@@ -220,24 +227,38 @@ def test_only_the_standard_library_is_imported_and_nothing_is_global():
             assert node.module.split(".")[0] in known
 
 
-def test_both_files_keep_to_the_stated_style():
-    for path in (HERE / "mvllm_lite.py", HERE / "test_mvllm_lite.py"):
-        source = path.read_text()
-        rows, tree = source.split("\n"), ast.parse(source)
-        pictures = {row for node in ast.walk(tree) if isinstance(node, ast.Constant)
+def names_defined(module):
+    """The names that a module's own statements define, as often as they do."""
+    for node in module.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            inner = (one for target in targets for one in ast.walk(target))
+            yield from (one.id for one in inner
+                        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def test_both_files_keep_to_the_stated_style_and_no_name_in_them_means_two_things():
+    own = ast.parse(OWN_SOURCE)
+    for source, module, parts in ((SOURCE, syntax_tree(), syntax_nodes()),
+                                  (OWN_SOURCE, own, ast.walk(own))):
+        rows = source.split("\n")
+        pictures = {row for node in parts if isinstance(node, ast.Constant)
                     and rows[node.end_lineno - 1].endswith("# noqa: E501")
                     for row in range(node.lineno, node.end_lineno + 1)}
         wide = [n for n, row in enumerate(rows, 1) if len(row) > 100 and n not in pictures]
         assert not wide and "# fmt" + ":" not in source
-        for before, node in itertools.pairwise(tree.body):
+        for before, node in itertools.pairwise(module.body):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 assert "\n\n\n" in "\n".join(rows[before.end_lineno - 1 : node.lineno]), node.name
+        assert not [name for name, times in Counter(names_defined(module)).items() if times > 1]
+    once = names_defined(ast.parse("A = B = 1\nA, C = 2, 3\ndef d(): pass\nasync def d(): pass"))
+    assert Counter(once) == {"A": 2, "B": 1, "C": 1, "d": 2}
 
 
 def test_no_function_is_longer_than_60_lines_and_most_are_short():
-    functions = [n for n in ast.walk(TREE)
-                 if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    sizes = sorted(n.end_lineno - n.lineno + 1 for n in functions)
+    sizes = sorted(n.end_lineno - n.lineno + 1 for n in functions())
     assert sizes[-1] <= 60 and sizes[len(sizes) // 2] <= 10 and sizes[len(sizes) * 9 // 10] <= 30
 
 
@@ -257,7 +278,7 @@ def nesting(node):
 
 
 def functions():
-    return [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [n for n in syntax_nodes() if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def test_blocks_are_nested_four_deep_at_the_most():
@@ -275,8 +296,8 @@ def test_a_function_has_six_parameters_at_the_most():
 
 def test_no_error_is_taken_for_its_words():
     """An exception is true, even if its text is empty: `error or "no answer"` says nothing."""
-    caught = {node.name for node in ast.walk(TREE) if isinstance(node, ast.ExceptHandler)}
-    assert not [ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.BoolOp)
+    caught = {node.name for node in syntax_nodes() if isinstance(node, ast.ExceptHandler)}
+    assert not [ast.unparse(node) for node in syntax_nodes() if isinstance(node, ast.BoolOp)
                 and isinstance(node.values[0], ast.Name) and node.values[0].id in caught
                 and isinstance(node.values[1], ast.Constant)]
 
@@ -321,43 +342,15 @@ def test_no_pattern_takes_exponential_time():
     assert list(repeats_within(re._parser.parse(r"(?:a*;?)*")))
 
 
-def names_defined(tree):
-    """The names that a module's own statements define, as often as they do."""
-    for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            inner = (one for target in targets for one in ast.walk(target))
-            yield from (one.id for one in inner
-                        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
-
-
-@functools.cache
-def own_tree():
-    return ast.parse(Path(__file__).read_text())
-
-
-def bare_polls(tree):
-    """The lines of loops that only sleep, and would not say what they waited for in vain."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.While) and len(node.body) == 1:
-            (only,) = node.body
-            if isinstance(only, ast.Expr) and isinstance(only.value, ast.Await):
-                if "asyncio.sleep(" in ast.unparse(only):
-                    yield node.lineno
+BARE_POLL = re.compile(r"^( *)while .*(?:\n\1 {5}.*)*:\n\1    await asyncio\.sleep\(.*\n(?!\1    )",
+                       re.MULTILINE)
 
 
 def test_tests_wait_with_eventually():
-    assert not list(bare_polls(own_tree()))
-    assert list(bare_polls(ast.parse("while not x:\n    await asyncio.sleep(0)"))) == [1]
-
-
-def test_no_test_and_no_constant_of_the_tests_hides_another_of_its_name():
-    names = Counter(names_defined(own_tree()))
-    assert not [name for name, times in names.items() if times > 1]
-    once = names_defined(ast.parse("A = B = 1\nA, C = 2, 3\ndef d(): pass\nasync def d(): pass"))
-    assert Counter(once) == {"A": 2, "B": 1, "C": 1, "d": 2}
+    """A loop that only sleeps would not say what it waited for in vain."""
+    poll = "while x or (\n        y):\n    await asyncio.sleep(0)\n"
+    assert not BARE_POLL.search(OWN_SOURCE) and BARE_POLL.search(poll)
+    assert not BARE_POLL.search(f"{poll}    y()\n")
 
 
 def test_importing_does_nothing():
@@ -13499,7 +13492,7 @@ async def test_a_policy_s_memory_outlives_settings_that_it_does_not_use(tmp_path
 def test_a_policy_names_the_settings_that_it_uses():
     """Or it would go on with old ones."""
     lines = SOURCE.splitlines(keepends=True)
-    classes = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in syntax_tree().body if isinstance(node, ast.ClassDef)}
     for policy in lite.POLICIES.values():
         kinds = [classes[kind.__name__] for kind in policy.__mro__ if kind.__name__ in classes]
         words = "".join("".join(lines[node.lineno - 1 : node.end_lineno]) for node in kinds)
@@ -14518,7 +14511,7 @@ def test_an_older_python_is_told_which_one_is_needed_and_which_was_found(minor):
     if (PYTHONS[minor] is None
         or subprocess.run([PYTHONS[minor], "-c", ""], capture_output=True).returncode):
         ast.parse(SOURCE, feature_version=(3, minor))
-        assert not any(type(node).__name__ in ("Match", "TryStar") for node in ast.walk(TREE))
+        assert not any(type(node).__name__ in ("Match", "TryStar") for node in syntax_nodes())
         assert not re.search(r"\[\w+ := ", SOURCE)  # which 3.9 wants in parentheses
         return
     done = subprocess.run([PYTHONS[minor], str(HERE / "mvllm_lite.py"), "demo"],
@@ -14530,7 +14523,7 @@ def test_an_older_python_is_told_which_one_is_needed_and_which_was_found(minor):
 
 def test_pythons_that_cannot_read_the_file_show_the_line_that_says_what_is_needed():
     """The first line with a syntax of 3.8, of which all before it know nothing but comments."""
-    first = min(node.lineno for node in ast.walk(TREE)
+    first = min(node.lineno for node in syntax_nodes()
                 if isinstance(node, (ast.NamedExpr, ast.AnnAssign, ast.JoinedStr)))
     assert SOURCE.splitlines()[first - 1].endswith("# mvllm_lite needs Python 3.11 or newer")
     assert SOURCE.splitlines()[1] == "# coding: utf-8"
@@ -23635,25 +23628,44 @@ def test_the_container_and_kubernetes_files_fit_the_program():
 
 
 class Share:
-    """A plugin of pytest: of the tests in each process, every n-th."""
+    """A plugin of pytest for one of several processes: each takes the next test that none has."""
 
-    def __init__(self, number, of):
-        self.number, self.of = number, of
+    def __init__(self, taken, given):
+        self.taken, self.given = taken, given
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
-        items[:] = items[self.number :: self.of]
+    def next_test(self, session):
+        """The next test, if there is one; while a process reads its number, others wait."""
+        number = int.from_bytes(os.read(self.taken, 4), "big")
+        os.write(self.given, (number + 1).to_bytes(4, "big"))
+        return session.items[number] if number < len(session.items) else None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        gc.enable()
+        gc.freeze()  # what is there already need not be looked at when garbage is counted
+        if session.config.option.collectonly or session.testsfailed:
+            return None
+        test = self.next_test(session)
+        while test:
+            after = self.next_test(session)
+            session.config.hook.pytest_runtest_protocol(item=test, nextitem=after)
+            if stopped := session.shouldfail or session.shouldstop:
+                raise session.Interrupted(stopped)
+            test = after
+        return True
 
 
 def run_shares(arguments, processes):
     """Run the suite in as many processes, one after the other's output; returns the exit code."""
     with contextlib.ExitStack() as stack:
+        pipe = os.pipe()
+        os.write(pipe[1], bytes(4))
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         shares = list[subprocess.Popen[bytes]]()
-        for number, output in enumerate(outputs):
+        for output in outputs:
             shares.append(stack.enter_context(subprocess.Popen(
                 [sys.executable, __file__, *arguments], stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | {"MVLLM_LITE_TESTS": f"{number} {processes}"})))
+                env=os.environ | {"MVLLM_LITE_TESTS": "%d %d" % pipe}, pass_fds=pipe)))
             stack.callback(shares[-1].terminate)
         codes = [share.wait() for share in shares]
         for output in outputs:
@@ -23666,6 +23678,8 @@ if __name__ == "__main__":
     if "MVLLM_LITE_TESTS" in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is torn down
         part = Share(*map(int, os.environ.pop("MVLLM_LITE_TESTS").split()))
-        sys.exit(pytest.main(["-q", *sys.argv[1:], __file__], plugins=[part]))
+        gc.disable()  # while tests are collected, of which nothing becomes garbage
+        sys.exit(pytest.main(["-q", "-o", "console_output_style=classic", *sys.argv[1:], __file__],
+                             plugins=[part]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(run_shares(sys.argv[1:], min(4, os.cpu_count() or 1)))
+    sys.exit(run_shares(sys.argv[1:], min(4, 1 + (os.cpu_count() or 1))))
