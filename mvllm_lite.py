@@ -9846,8 +9846,10 @@ KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_
 KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which by default takes megabytes
 
 
-def error_text(error: OSError) -> str:
-    """The system's or TLS's words for an error, without numbers and addresses."""
+def error_text(error: BaseException) -> str:
+    """The system's or TLS's words for an error, without numbers and addresses; else its own."""
+    if not isinstance(error, OSError):
+        return str(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')}"
     if isinstance(error, ssl.SSLError):  # its errno is not the system's
@@ -12049,6 +12051,11 @@ class Looks:
         for known in (self.ended, self._wakers):
             for server in known.keys() - servers:
                 del known[server]
+
+
+def loop_time() -> float:
+    """The event loop's clock, in monotonic seconds."""
+    return asyncio.get_running_loop().time()
 
 
 def clock_now() -> Clock:
@@ -15375,7 +15382,7 @@ class Balancer:
         try:
             return listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
-            reason = error_text(error) if isinstance(error, OSError) else str(error)
+            reason = error_text(error)
             keys = (f"{prefix}host", f"{prefix}port")
             file, overrides = self.follower.file, self.follower.overrides
             given = [overrides[key][1] for key in keys if key in overrides]
@@ -16068,27 +16075,20 @@ async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
-    def settle(result: Result | None, error: Exception | None) -> None:
-        if not done.done():
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(result)  # type: ignore[arg-type]
-
     def run() -> None:
         try:
-            news = work(), None
+            settle = functools.partial(done.set_result, work())
         except Exception as error:  # whatever it is, whoever awaits the result must learn of it
-            news = None, error  # type: ignore[assignment]
+            settle = functools.partial(done.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
-            loop.call_soon_threadsafe(settle, *news)
+            loop.call_soon_threadsafe(lambda: done.done() or settle())
 
     threading.Thread(target=run, name="name", daemon=True).start()
     return done
 
 
 class NameFollower:
-    """Looks up the wanted names at their intervals, for as long as it runs."""
+    """Looks up the wanted names at their intervals."""
 
     def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = look_up) -> None:
         self._core, self._wanted, self._resolve = core, wanted, resolve
@@ -16135,9 +16135,7 @@ class NameFollower:
         """Count a lookup and log when failing begins and ends.  Returns whether it has failed."""
         why = f"no answer within {LOOKUP_LIMIT_S:g} s"
         if lookup.done():
-            error = lookup.exception()
-            why = "" if error is None else error_text(error) if isinstance(error, OSError) else (
-                str(error))
+            why = error_text(error) if (error := lookup.exception()) else ""
         self._core.metrics.lookups.add("failed" if why else "ok")
         if why and not failing:
             log.warning("the name %s was not looked up: %s; what was known of it stays", host, why)
@@ -16179,8 +16177,8 @@ async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list
                 first_family, look_up, host_of(entry.dns), FAMILIES[entry.family])))
             servers += at_addresses(entry, found).values()
         except (OSError, UnicodeError) as error:
-            why = error_text(error) if isinstance(error, OSError) else str(error)
-            lines.append(f"{entry.dns}  NOT USABLE: the name was not looked up: {why}")
+            lines.append(
+                f"{entry.dns}  NOT USABLE: the name was not looked up: {error_text(error)}")
     return servers, lines
 
 
@@ -16835,7 +16833,7 @@ class Watch:
     def _answered(self) -> None:
         """A good answer has begun.  That is news by itself: a watch may then be silent for long."""
         standing, was = self.standing, self.standing.trouble
-        standing.answered(self.listing.verb, asyncio.get_running_loop().time(), proven=False)
+        standing.answered(self.listing.verb, loop_time(), proven=False)
         if was and not standing.trouble:
             log.info("kubernetes: %s: the API answers again", self.listing.what.name)
 
@@ -16878,7 +16876,7 @@ class Watch:
     def _note(self, verb: str, proven: bool = True) -> None:
         """A page or an event was taken."""
         what, listing = self.listing.what, self.listing
-        self.standing.answered(verb, asyncio.get_running_loop().time(), proven)
+        self.standing.answered(verb, loop_time(), proven)
         if not listing.lists:  # an incomplete list does not tell what is gone
             return
         known = self.offers
@@ -17781,7 +17779,7 @@ class ZmqListener:
     def tell(self, host: str, text: str) -> None:
         """Warn once of each thing, and of at most ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill
         the disk."""
-        now, told = asyncio.get_running_loop().time(), self._told
+        now, told = loop_time(), self._told
         if len(told) >= ZMQ_TOLD and now > told[(oldest := next(iter(told)))] + ZMQ_TOLD_S:
             del told[oldest]
         if (host, text) not in told and len(told) < ZMQ_TOLD:
@@ -19212,38 +19210,27 @@ TRANSITIONS: dict[tuple[Phase, Turn], Phase] = {
     **{(phase, Turn.STOP): Phase.STOPPING for phase in LIVING},
     **{(phase, Turn.ENDED): Phase.FAILED for phase in LIVING if phase is not Phase.SLEEPING},
 }
-GIVE_UP_AFTER = 5  # ends in a row
+RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, INFINITY)  # after the n-th end in a row; it is given up
+GIVE_UP_AFTER = len(RESTART_PAUSES_S)  # ends in a row
 STEADY_S = 60.0  # an instance that ran for longer ends for the first time in a row
-RESTART_S, RESTART_MAX_S = 0.5, 60.0  # the pause before a second start in a row; it doubles
+LIFE_COUNTS = ("starts", "wakes", "failures", "ready_s", "wake_s", "slept_s")  # are reported
 
 
-def restart_pause_s(failures: int) -> float:
-    """The pause between the n-th end in a row and the next start; infinity: there is none."""
-    if failures >= GIVE_UP_AFTER:
-        return INFINITY
-    pause: float = min(RESTART_MAX_S, RESTART_S * 2.0 ** (failures - 2)) if failures > 1 else 0.0
-    return pause
-
-
-# The numbers that are reported of a life, and its attributes that hold them.
-LIFE_COUNTS = {"starts": "starts", "wakes": "wakes", "failures": "failed", "ready_s": "ready_s",
-               "wake_s": "wake_s", "slept_s": "slept_s"}
-
-
+@dataclasses.dataclass(slots=True)
 class Life:
     """Owns an instance's phase and the counts and times of its life; times are monotonic."""
 
-    __slots__ = ("phase", "since", "reason", "failures", "retry_at", "starts", "wakes", "ready_s",
-                 "wake_s", "begun_at", "slept_s", "failed")
-
-    def __init__(self, now: float, phase: Phase = Phase.ABSENT) -> None:
-        self.phase, self.since, self.reason = phase, now, ""
-        self.failures = 0  # in a row
-        self.retry_at = now  # of one that failed
-        self.starts = self.wakes = self.failed = 0
-        self.ready_s = self.wake_s = 0.0  # the last start took, and the last wake
-        self.slept_s = 0.0
-        self.begun_at = now  # the start, or the wake, that goes on or was the last
+    since: float  # of the phase
+    phase: Phase = Phase.ABSENT
+    reason: str = ""
+    in_row: int = 0  # failures without a steady run between them
+    retry_at: float = 0.0  # of one that failed
+    starts: int = 0
+    wakes: int = 0
+    failures: int = 0
+    ready_s: float = 0.0  # the last start took
+    wake_s: float = 0.0  # the last wake took
+    slept_s: float = 0.0  # without a sleep that goes on
 
     def tell(self, turn: Turn, now: float, reason: str = "") -> Phase:
         """Take a turn, and return the phase after it.  Raises ValueError if the table has none."""
@@ -19251,26 +19238,25 @@ class Life:
             raise ValueError(f"it is {self.phase.value}, and cannot be what {turn.value}")
         old, lasted_s = self.phase, now - self.since
         self.phase, self.since, self.reason = new, now, reason or turn.value
-        if turn in (Turn.LAUNCH, Turn.WAKE):
-            self.begun_at = now
-            self.starts += turn is Turn.LAUNCH
-            self.wakes += turn is Turn.WAKE
-        elif turn is Turn.READY:
-            self.ready_s = now - self.begun_at
+        self.starts += turn is Turn.LAUNCH
+        self.wakes += turn is Turn.WAKE
+        if turn is Turn.READY:
+            self.ready_s = lasted_s
         elif turn is Turn.AWAKE and old is Phase.WAKING:
-            self.wake_s = now - self.begun_at
+            self.wake_s = lasted_s
         if old is Phase.SLEEPING:
             self.slept_s += lasted_s
-        if turn is Turn.ENDED and new is Phase.FAILED:
+        if new is Phase.FAILED:
             steady = old is Phase.RUNNING and lasted_s > STEADY_S
-            self.failures, self.failed = 1 if steady else self.failures + 1, self.failed + 1
-            self.retry_at = now + restart_pause_s(self.failures)
+            self.in_row, self.failures = 1 if steady else self.in_row + 1, self.failures + 1
+            self.retry_at = now + RESTART_PAUSES_S[self.in_row - 1]
         return new
 
     def counted(self, now: float) -> dict[str, float]:
+        """What is reported of it, with the sleep that goes on."""
         asleep_s = now - self.since if self.phase is Phase.SLEEPING else 0.0
-        found = {key: getattr(self, name) for key, name in LIFE_COUNTS.items()}
-        return {**found, "slept_s": self.slept_s + asleep_s}
+        found = {key: getattr(self, key) for key in LIFE_COUNTS}
+        return found | {"slept_s": self.slept_s + asleep_s}
 
     @property
     def given_up(self) -> bool:
@@ -19298,6 +19284,12 @@ def said_of(model: ModelSettings) -> dict[str, Any]:
             if value != MODEL_FIELDS[key].default}
 
 
+def from_serverless(said: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What is said of a model, from serverless_vllm's words for a backend of that kind to ours."""
+    said = {"model" if key == "model_name" else key: value for key, value in said.items()}
+    return said if kind == "vllm" else {"profile": kind, **said}
+
+
 class Device(NamedTuple):
     """A GPU, as nvidia-smi shows it, or as the settings say."""
 
@@ -19316,20 +19308,19 @@ GPU_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory",
 
 def parse_gpus(text: str, visible: str = "") -> list[Device]:
     """The devices in GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
-    found = list[Device]()
+    found = dict[str, Device]()
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a warning, or a device that does not tell
             index, *name, total, used, busy = [word.strip() for word in line.split(",")]
             used_mb, percent = (float(word) if word.replace(".", "").isdecimal() else 0.0
                                 for word in (used, busy))
             if 0 < float(total) < INFINITY:
-                found.append(Device(float(total) / 1024, used_mb / 1024, ", ".join(name),
-                                    percent / 100, int(index)))
+                found[index] = Device(float(total) / 1024, used_mb / 1024, ", ".join(name),
+                                      percent / 100, int(index))
     wanted = [word.strip() for word in visible.split(",") if word.strip()]
-    if not wanted or not all(word.isdecimal() for word in wanted):
-        return [] if wanted and wanted[0] in ("-1", "none", "NoDevFiles") else found
-    by_index = {str(device.number): device for device in found}
-    return [by_index[word] for word in wanted if word in by_index]
+    if all(map(str.isdecimal, wanted)):
+        return [found[word] for word in wanted or found if word in found]
+    return [] if wanted[0] in ("-1", "none", "NoDevFiles") else [*found.values()]
 
 
 def parse_gpu_apps(text: str) -> dict[int, float]:
@@ -19359,21 +19350,25 @@ def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Dev
 
 def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
     """The GPUs in serverless_vllm's form."""
-    busy = [device.utilization for device in devices]
-    return {
-        "gpu_count": len(devices), "gpu_names": [device.name for device in devices],
-        "total_memory_gb": sum(device.total_gb for device in devices),
-        "available_memory_gb": sum(d.total_gb - d.used_gb for d in devices),
-        "utilization": sum(busy) / len(busy) if busy else 0.0,
-        "devices": [{"index": d.number, "name": d.name, "total_memory_gb": d.total_gb,
-                     "available_memory_gb": d.total_gb - d.used_gb, "utilization": d.utilization}
-                    for d in devices],
-    }
+    rows = [{"index": one.number, "name": one.name, "total_memory_gb": one.total_gb,
+             "available_memory_gb": one.total_gb - one.used_gb, "utilization": one.utilization}
+            for one in devices]
+    sums = {key: sum(row[key] for row in rows)  # type: ignore[misc]
+            for key in ("total_memory_gb", "available_memory_gb", "utilization")}
+    return {"gpu_count": len(rows), "gpu_names": [row["name"] for row in rows], **sums,
+            "utilization": sums["utilization"] / max(1, len(rows)), "devices": rows}
 
 
 def memory_on(model: ModelSettings, total_gb: float) -> float:
     """The GB that a model takes of a device of that size."""
     return model.gpu_memory_gb or (model.gpu_memory_utilization or DEFAULT_SHARE) * total_gb
+
+
+def taken_gb(
+    model: ModelSettings, totals_gb: Sequence[float], devices: Collection[int]
+) -> float:
+    """The GB that it takes of each of these devices, of which the smallest counts."""
+    return memory_on(model, min(totals_gb[n] for n in devices)) if devices else 0.0
 
 
 def sleeps(model: ModelSettings) -> bool:
@@ -19395,7 +19390,7 @@ def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) 
 
 
 def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) -> list[str]:
-    """The words of a model's command line, on devices with that memory; () if unknown."""
+    """The words of its command line, on devices with that memory; () if unknown."""
     name = model.model or model.alias
     if model.takes_port:
         return [word.replace("{port}", str(port)).replace("{model}", name)
@@ -19417,8 +19412,7 @@ def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) 
 def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str, str]:
     """What a model's environment has in addition to ours."""
     pins = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
-    switch = {"VLLM_SERVER_DEV_MODE": "1"} if sleeps(model) else {}
-    return {**pins, **switch, **dict(model.env)}
+    return pins | ({"VLLM_SERVER_DEV_MODE": "1"} if sleeps(model) else {}) | dict(model.env)
 
 
 def parse_model(said: Any, where: str) -> ModelSettings:
@@ -19433,15 +19427,15 @@ def model_by_request(
     """A model that comes over HTTP, to be launched by one of these profiles.  Raises
     SettingsError."""
     said = {key: value for key, value in document.items() if value is not None}
-    named = str(said.get("profile") or next(iter(profiles), ""))
+    named = said["profile"] = str(said.get("profile") or next(iter(profiles), ""))
     profile = profiles.get(named)
     if profile and said.get("model_path") in (*profile.values, *profile.models):
         said["model"] = said.pop("model_path")
     wrong = [(key, f"found it, expected one of {', '.join(SAID_OF_MODELS)}") for key in said
-             if key not in SAID_OF_MODELS and SYNONYMS.get(key) not in SAID_OF_MODELS]
+             if current_name(key) not in SAID_OF_MODELS]
     if not wrong:
         try:
-            model = parse_model({**said, "profile": said.get("profile") or named}, "request")
+            model = parse_model(said, "request")
         except SettingsError as error:
             wrong = [(one.key.partition(".")[2], one.text) for one in error.complaints]
         else:
@@ -19453,14 +19447,12 @@ def model_by_request(
     return model
 
 
-ROUTING_STATES = (
-    "FAST_ONLY", "WARMING_VLLM", "MIXED", "VLLM_PRIMARY", "DEGRADED_FAST", "COLD", None)
-FAST_BACKEND = "llama.cpp"
+ROUTING_STATES = "FAST_ONLY", "WARMING_VLLM", "MIXED", "VLLM_PRIMARY", "DEGRADED_FAST", "COLD"
 
 
 def routing_of(model: ModelSettings) -> dict[str, Any]:
     """What serverless_vllm has for a model with one backend, which gets all of its requests."""
-    fast = model.profile == FAST_BACKEND
+    fast = model.profile == "llama.cpp"
     state = "FAST_ONLY" if fast else "VLLM_PRIMARY"
     return {"routing_state": state, "mix_weight": 0 if fast else 100}
 
@@ -19469,24 +19461,22 @@ def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]
     """A model's document, changed from serverless_vllm's form to ours; and the state and weight
     that it wishes.  Raises SettingsError."""
     said = dict(document)
-    backends, wished = said.pop("backends", None), {
-        key: said.pop(key) for key in ("routing_state", "mix_weight") if key in said}
-    weight = wished.get("mix_weight") or 0
+    backends = said.pop("backends", None)
+    state, weight = said.pop("routing_state", None), said.pop("mix_weight", None)
     one = backends is None or isinstance(backends, dict) and len(backends) == 1 and all(
         isinstance(backend, dict) for backend in backends.values())
-    for key, wrong, expected in (
-        ("backends", not one, 'one, like {"vllm": {"model_name": "…"}}; shares of two are those of'
+    for key, right, expected in (
+        ("backends", one, 'one, like {"vllm": {"model_name": "…"}}; shares of two are those of'
          " [pools], for servers that run already"),
-        ("routing_state", wished.get("routing_state") not in ROUTING_STATES,
-         f"one of {', '.join(filter(None, ROUTING_STATES))}"),
-        ("mix_weight", not (isinstance(weight, int) and 0 <= weight <= 100), "0 to 100"),
+        ("routing_state", state in (*ROUTING_STATES, None), f"one of {', '.join(ROUTING_STATES)}"),
+        ("mix_weight", weight is None or isinstance(weight, int) and 0 <= weight <= 100,
+         "0 to 100"),
     ):
-        if wrong:
+        if not right:
             raise SettingsError([Complaint("request", 0, key, f"expected {expected}")])
     for kind, backend in (backends or {}).items():
-        said = {**({} if kind == "vllm" else {"profile": kind}), **backend, **said}
-        if "model_name" in said:
-            said["model"] = said.pop("model_name")
+        said = from_serverless({**backend, **said}, kind)
+    wished = {"routing_state": state, "mix_weight": weight}
     return said, {key: value for key, value in wished.items() if value is not None}
 
 
@@ -19654,26 +19644,25 @@ def room_on(
     slack = 1e-6 - need_gb
     if free + slack >= sum(booked_gb(seat, False) for seat in here):
         return (), True
-    soon = free - sum(booked_gb(seat, True) for seat in here)
+    left = free + slack - sum(booked_gb(seat, True) for seat in here)
     moves = list[tuple[Seat, str]]()
+
+    def gain(seat: Seat, how: str) -> float:
+        return booked_gb(seat, True) - (seat.held_gb if how == "sleep" else 0.0)
+
     for seat in sorted(here, key=worth):
-        if soon + slack >= 0:
-            break
-        if seat.name in may_move and booked_gb(seat, True) > 0:
+        if left < 0 and seat.name in may_move and booked_gb(seat, True) > 0:
             how = rest_of(seat, host.memory_gb)
-            kept = seat.held_gb if how == "sleep" else 0.0
-            if how == "sleep" and soon + booked_gb(seat, True) - kept + slack < 0 <= (
-                    soon + booked_gb(seat, True) + slack):
-                how, kept = "stop", 0.0  # asleep it would hold too much
+            if left + gain(seat, how) < 0 <= left + gain(seat, "stop"):
+                how = "stop"  # asleep it would hold too much
             moves.append((seat, how))
-            soon += booked_gb(seat, True) - kept
-    if soon + slack < 0:
-        return -(soon + slack)
+            left += gain(seat, how)
+    if left < 0:
+        return -left
     for move in list(moves):  # later, larger moves may have made the cheap ones needless
-        gain = booked_gb(move[0], True) - (move[0].held_gb if move[1] == "sleep" else 0.0)
-        if soon - gain + slack >= 0:
+        if left - gain(*move) >= 0:
             moves.remove(move)
-            soon -= gain
+            left -= gain(*move)
     return tuple(moves), False
 
 
@@ -20402,7 +20391,9 @@ class Agent:
 
     def tell(self, one: Instance, turn: Turn, reason: str = "") -> None:
         """Move an instance to its next phase, and log it.  Raises ValueError."""
-        phase = one.life.tell(turn, asyncio.get_running_loop().time(), reason)
+        phase = one.life.tell(turn, loop_time(), reason)
+        if turn is Turn.LAUNCH:  # the lives are in the order of their last launches
+            self.lives[one.model.alias, one.name] = self.lives.pop((one.model.alias, one.name))
         level = logging.WARNING if phase is Phase.FAILED else logging.INFO
         log.log(level, "model %s is %s: %s", one.name, phase.value, one.life.reason)
         if phase is Phase.ABSENT:
@@ -20419,12 +20410,10 @@ class Agent:
             known.task.cancel()
         if len({*devices} & {*range(len(self.devices))}) < len(devices):
             raise ValueError(f"found devices {devices}, expected of {len(self.devices)}")
-        totals = [self.devices[n].total_gb for n in devices]
-        life = self.lives.setdefault(
-            (model.alias, name), Life(asyncio.get_running_loop().time()))
-        life.failures = 0
-        one = Instance(name, model, devices, life,
-                       memory_on(model, min(totals)) if totals else 0.0)
+        life = self.lives.setdefault((model.alias, name), Life(loop_time()))
+        life.in_row = 0
+        totals_gb = [device.total_gb for device in self.devices]
+        one = Instance(name, model, devices, life, taken_gb(model, totals_gb, devices))
         one.digest, one.said = digest, said
         self.instances[name] = one
         self.tell(one, Turn.LAUNCH)
@@ -20438,16 +20427,16 @@ class Agent:
         ours = marked_group(pid, name, saved.get("output"))
         child = adopted_child(pid, int(saved["started"]) if ours else -1)
         devices = tuple(map(int, saved["devices"]))
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         life = self.lives[model.alias, name] = Life(now)
-        for key, told in LIFE_COUNTS.items():
-            setattr(life, told, type(getattr(life, told))(saved.get(key, 0)))
+        for key in LIFE_COUNTS:
+            setattr(life, key, type(getattr(life, key))(saved.get(key, 0)))
         if not child.alive or phase is Phase.STOPPING:
             if ours:
                 await child.end(0.0)
             child.close()
             if phase in UP and all(n < len(self.devices) for n in devices):
-                life.failed += 1
+                life.failures += 1
                 self.launch(name, model, devices, str(saved["digest"]))
                 log.warning("model %s: %s", name, child.end_reason)
             return
@@ -20477,7 +20466,7 @@ class Agent:
             "status": one.life.phase.value, "command": one.command,
             "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
             "level": one.level, "digest": one.digest, "created_at": one.created_at,
-            **{key: getattr(one.life, name) for key, name in LIFE_COUNTS.items()},
+            **{key: getattr(one.life, key) for key in LIFE_COUNTS},
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
@@ -20487,8 +20476,7 @@ class Agent:
                 reason = await self.start(one, adopted)
                 reason = reason or await self.watch(one)
             except (OSError, ValueError) as error:  # ValueError: of words no process can have
-                text = error_text(error) if isinstance(error, OSError) else str(error)
-                reason = f"{one.command[0] if one.command else ''}: {text}"
+                reason = f"{one.command[0] if one.command else ''}: {error_text(error)}"
             adopted = False
             if one.life.phase is Phase.STOPPING:
                 return
@@ -20498,7 +20486,7 @@ class Agent:
             self.tell(one, Turn.ENDED, reason + f"; processes {left} are left" * bool(left))
             if one.life.phase is not Phase.FAILED or one.life.given_up:
                 return
-            await asyncio.sleep(one.life.retry_at - asyncio.get_running_loop().time())
+            await asyncio.sleep(one.life.retry_at - loop_time())
             while self.resting:
                 await asyncio.sleep(TEND_S)
             if one.life.phase is not Phase.FAILED:
@@ -20660,7 +20648,7 @@ class Agent:
         await asyncio.gather(*ends, return_exceptions=True)
 
     def document(self) -> dict[str, Any]:
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         ours = [0.0] * len(self.devices)
         for one in self.instances.values():
             for n in one.devices if one.life.phase is not Phase.STARTING else ():
@@ -20680,7 +20668,7 @@ class Agent:
     def totals(self, now: float) -> dict[str, dict[str, float]]:
         """The counts of each model's instances, absent ones included, by alias."""
         found = dict[str, dict[str, float]]()
-        for (alias, _), life in sorted(self.lives.items(), key=lambda item: item[1].begun_at):
+        for (alias, _), life in self.lives.items():
             sums, counted = found.setdefault(alias, {}), life.counted(now)
             for key, value in counted.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -20807,7 +20795,7 @@ class RemoteHost:
         except PeerGone:
             self.reachable = False
             raise
-        self.said, self.reachable, self.seen_at = said, True, asyncio.get_running_loop().time()
+        self.said, self.reachable, self.seen_at = said, True, loop_time()
 
     async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
         """As LocalHost's.  Raises PeerGone."""
@@ -21028,7 +21016,7 @@ class Holdings:
 
     def requests_at(self, name: str) -> int:
         """The requests at an instance: ours and, as far as it reports them, others'."""
-        now, interval_s = asyncio.get_running_loop().time(), self.core.settings.metrics_interval
+        now, interval_s = loop_time(), self.core.settings.metrics_interval
         view = self.core.fleet.view(name)
         return self.core.fleet.in_flight(name) + (
             round(view.foreign(now, interval_s)) if view is not None else 0)
@@ -21058,7 +21046,7 @@ class Holdings:
         if servers != self.named:
             self.named = servers
             self.core.roster.define(Source.POOL, servers)
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         for id in news:
             self.core.judge(id, Health.become, State.CHECKING, "its process is new", now)
         for id in (*news, *(one for one in stuck if f"probe {one}" not in self.doing)):
@@ -21138,7 +21126,7 @@ class Holdings:
 
     def is_routable(self, model: ModelSettings) -> bool:
         """Whether a request for a model finds a server now."""
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         for _, one in self.instances(model.alias):
             if one["status"] == Phase.RUNNING.value:
                 view = self.core.fleet.view(one["alias"])
@@ -21155,7 +21143,7 @@ class Holdings:
         given_up = [one["reason"] for one in found.values()
                     if one["status"] == "failed" and one["retry_in_s"] is None
                     and one["digest"] == launch_digest(model)]
-        hosts = self.host_views(asyncio.get_running_loop().time())
+        hosts = self.host_views(loop_time())
         if len(given_up) < len(found) or not hosts or not all(host.reachable for host in hosts):
             return ""
         place = find_place(model, [host for host in hosts if host.name not in found], (),
@@ -21263,7 +21251,7 @@ class ModelPool(Holdings):
                 await agent.adopt(one, known or parse_model(one["model"], self.state.path))
             except (ValueError, TypeError, LookupError, OverflowError, SettingsError) as error:
                 log.error("an instance of the state file is not taken over: %s", error)
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         for one in listed.get("agents", ()):
             try:
                 name, url, public_url = one
@@ -21365,7 +21353,7 @@ class ModelPool(Holdings):
         return self.core.pools.secrets.registration
 
     def step(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = loop_time()
         for alias, model in self.models.items():
             if model.preload and alias not in self._preloaded:
                 self._preloaded.add(alias)
@@ -21422,8 +21410,7 @@ class ModelPool(Holdings):
 
     async def launch(self, act: Act, model: ModelSettings) -> None:
         host = self.hosts[act.host]
-        totals = host.report().get("total_gb", ())
-        gb = memory_on(model, min(totals[n] for n in act.devices)) if act.devices else 0.0
+        gb = taken_gb(model, host.report().get("total_gb", ()), act.devices)
         name = self.free_name(host.name, act.alias)
         self.launching[act.alias] = Seat(
             name, act.alias, act.host, act.devices, gb, Phase.STARTING, model, gb)
@@ -21808,7 +21795,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
     """the pool's models and instances, in a superset of serverless_vllm's form"""
     planner, rows = planner_of(core), dict[tuple[str, str], dict[str, Any]]()
     pool = planner.pool
-    for row in planner.report(asyncio.get_running_loop().time()):
+    for row in planner.report(loop_time()):
         rows.setdefault((row["model"], row["state"]), row)
     return {"models": [
         {"alias": alias, "status": (status := pool.status_of(model)),
@@ -21926,7 +21913,7 @@ async def unload_models(core: Core, asked: Asked) -> dict[str, Any]:
 
 async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
     """the pool's machines, with their GPUs and instances"""
-    pool, now = pool_of(core), asyncio.get_running_loop().time()
+    pool, now = pool_of(core), loop_time()
     return {"workers": [
         {"worker_id": host.name, "worker_url": getattr(host, "url", ""),
          "public_worker_url": getattr(host, "public_url", ""), "reachable": host.reachable,
@@ -22056,11 +22043,7 @@ async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
     agent, said = agent_of(core), read_members(asked.content, None)
     name, devices = said.pop("instance", said.get("alias")), said.pop("devices", [])
     digest, kind = str(said.pop("digest", "")), said.pop("backend_type", "vllm")
-    if "model_name" in said:
-        said["model"] = said.pop("model_name")
-    if kind != "vllm":
-        said.setdefault("profile", kind)
-    model = model_by_request(said, agent.profiles)
+    model = model_by_request(from_serverless(said, kind), agent.profiles)
     if not (isinstance(name, str) and INSTANCE.fullmatch(name)) or not (
             isinstance(devices, list) and all(type(n) is int for n in devices)):
         text = f"found {shown(str(name))} on {devices}, expected a name, and numbers of devices"
@@ -22069,7 +22052,7 @@ async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
         one = agent.launch(name, model, tuple(devices), digest)
     except ValueError as error:
         raise BadMessage(str(error), Fault.INSTANCE_CONFLICT) from None
-    return {"status": "success", "instance": one.document(asyncio.get_running_loop().time())}
+    return {"status": "success", "instance": one.document(loop_time())}
 
 
 async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
@@ -22079,7 +22062,7 @@ async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
     if not start.isascii() or not start.isdecimal() or len(start) > 15:
         start = str(max(0, one.child.output_size() - 8192) if one.child else 0)
     said, at, alive = await LocalHost(agent_of(core)).output_from(one.name, int(start))
-    return {**one.document(asyncio.get_running_loop().time()), "log": said, "log_at": at,
+    return {**one.document(loop_time()), "log": said, "log_at": at,
             "alive": alive}
 
 

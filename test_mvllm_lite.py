@@ -18718,9 +18718,9 @@ def test_what_ends_by_itself_is_started_again_after_growing_pauses_and_then_give
         pauses.append(life.retry_at - now)
     assert pauses == [0.0, 0.5, 1.0, 2.0, math.inf] and life.given_up
     life = lite.Life(0.0, lite.Phase.RUNNING)
-    life.failures = 4
+    life.in_row = 4
     life.tell(lite.Turn.ENDED, lite.STEADY_S + 1)
-    assert life.failures == 1 and not life.given_up
+    assert life.in_row == 1 and not life.given_up
 
 
 VLLM = "vllm serve m --host 127.0.0.1 --port 7 --served-model-name a"
@@ -19560,7 +19560,7 @@ async def test_a_port_that_is_taken_meanwhile_is_chosen_anew_and_no_two_are_alik
             thief.bind(("127.0.0.1", taken))
             assert [one.status for one in await asyncio.gather(*asking)] == [200, 200]
         assert len({taken, first.port, other.port}) == 3
-        assert (first.life.starts, first.life.failed) == (1, 0)
+        assert (first.life.starts, first.life.failures) == (1, 0)
 
 
 @asynchronous
@@ -19569,7 +19569,7 @@ async def test_a_model_that_fails_again_and_again_is_given_up_until_somebody_wak
         client, pool = await running.client(), running.core.planners["models"].pool
         asking = asyncio.ensure_future(ask_model(running))
         await eventually(lambda: pool.agent.instances, "it starts")
-        pool.agent.instances["local-a"].life.failures = lite.GIVE_UP_AFTER - 1
+        pool.agent.instances["local-a"].life.in_row = lite.GIVE_UP_AFTER - 1
         answer = await asking
         assert (answer.status, answer.get("retry-after")) == (503, "60")
         assert "cannot be started: exit code 1" in answer.error["message"]
