@@ -294,6 +294,7 @@ RECEIVED_BYTES = 256 * 1024  # of one read from a connection
 AHEAD_BYTES = 16 * 1024  # held for a client that sends ahead of its turn
 WRITE_SLICE_BYTES = 256 * 1024  # slices in which large content is written, with back-pressure
 HEADS_KEPT = 512  # parsed heads that are remembered, because most heads repeat
+PATHS_KEPT = 64  # paths whose meaning is remembered; each may have PATH_LIMIT bytes
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure held back while other servers are asked
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
 ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, so that a storm delays no stream
@@ -534,7 +535,6 @@ class Stale(PeerGone):
 # rest is remembered, which saves a quarter of a small request's time.
 
 HEAD_KEPT_BYTES = 2048  # the longest head that is remembered
-TEXT_KEPT_BYTES = 200  # the longest text that is remembered
 PATH_LIMIT = 8192  # bytes of a target's path, which is read several times
 FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101
 LINE_BYTES = 300  # the memory that a field line takes in addition to its characters
@@ -604,17 +604,6 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
     @functools.wraps(make)
     def made(fields: Fields, *others: Any) -> Made:
         return kept(fields, *others) if fields.short else make(fields, *others)
-
-    return made
-
-
-def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
-    """A decorator: remembers what `make` returns for short texts."""
-    kept = functools.lru_cache(HEADS_KEPT)(make)
-
-    @functools.wraps(make)
-    def made(text: str) -> Made:
-        return kept(text) if len(text) <= TEXT_KEPT_BYTES else make(text)
 
     return made
 
@@ -3128,9 +3117,10 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
         if spans is None:
             if content.count(b"[") + content.count(b"{") > NESTING_LIMIT:
                 member_spans(content, CALL_MEMBERS)  # refuses what is nested too deeply
-            # json.loads would spend time detecting encodings; it is nearly always UTF-8.
-            usual = content[:1] == b"{"
-            document = json.loads(str(content, "utf-8", "surrogatepass") if usual else content)
+            if content[:1] == b"{":  # nearly always; json.loads would look at encodings and spaces
+                document, end = JSON.raw_decode(text := str(content, "utf-8", "surrogatepass"))
+                return {} if text[end:].strip(" \t\r\n") else document
+            document = json.loads(content)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}
@@ -3546,7 +3536,7 @@ AMBIGUITY = re.compile(
     r"|/(?:\.|%(?:25)*2e){1,2}(?=/|$)", re.IGNORECASE)
 
 
-@remembered_text
+@functools.lru_cache(PATHS_KEPT)
 def inference_path(path: str) -> str:
     """The path to request from a server, or '' if it is not passed on.  /v1/v1/… is taken as
     /v1/…: it comes from clients that add /v1 to a base_url that ends in it."""
@@ -3620,7 +3610,7 @@ RESPONSES_PATH = "/v1/responses"
 STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/.*)?")
 
 
-@remembered_text
+@functools.lru_cache(PATHS_KEPT)
 def meant_path(path: str) -> str:
     """The path as servers understand it, or '' if it is not passed on."""
     return urllib.parse.unquote(inference_path(path)).rstrip("/")
@@ -3772,7 +3762,7 @@ class Destination(NamedTuple):
     searches: bool = False  # it looks for the server that has a stored response
 
 
-@remembered_text
+@functools.lru_cache(PATHS_KEPT)
 def destination_of(path: str) -> Destination:
     """The default destination of requests for a path."""
     return Destination(inference_path(path))
@@ -3930,9 +3920,10 @@ def document_at_end(text: bytes) -> dict[str, Any]:
     whole = b"{" + text[1:] if text[:1] == b"," else text
     for ends in (False, True):
         try:
-            part = closing_part(text) if ends else whole
-            found = JSON.decode(str(part, "utf-8", "replace"))
-            return found if isinstance(found, dict) else {}
+            part = str(closing_part(text) if ends else whole, "utf-8", "replace")
+            found, end = JSON.raw_decode(part)
+            if end == len(part):
+                return found if isinstance(found, dict) else {}
         except (ValueError, RecursionError):
             pass
     return {}
@@ -6803,7 +6794,7 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     for n, cost in enumerate(costs):  # in Python 3.11, a comprehension is a call
         if cost <= limit:
             good.append(n)
-    return good[0] if len(good) == 1 else draw.choice(good)
+    return good[0] if len(good) == 1 else good[int(draw.random() * len(good))]
 
 
 def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, oldest: float) -> float:
@@ -14111,7 +14102,7 @@ def endpoint(
     return register
 
 
-@remembered_text
+@functools.lru_cache(PATHS_KEPT)
 def endpoints_at(path: str) -> Mapping[str, Endpoint]:
     """The endpoints at a path, by method; none if the path is not ours."""
     path = (inference_path(path) or path).rstrip("/") or "/"
@@ -14148,7 +14139,7 @@ NAMES_BELOW = ("/workers/", "/v1/models/")
 ESCAPED_SLASH = re.compile("%2f", re.IGNORECASE)
 
 
-@remembered_text
+@functools.lru_cache(PATHS_KEPT)
 def path_kind(path: str) -> Kind:
     escaped = path.startswith(NAMES_BELOW) and ESCAPED_SLASH.sub("", path)
     if AMBIGUITY.search(escaped or path):

@@ -1531,13 +1531,13 @@ def test_heads_that_differ_in_their_length_alone_are_read_once():
     assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]
 
 
-def test_nothing_is_kept_of_long_paths():
+def test_only_a_few_long_paths_are_kept():
     lite.inference_path("/v1/x"), lite.endpoints_at("/v1/x")
     tracemalloc.start()
     try:
-        for n in range(2 * lite.HEADS_KEPT):
+        for n in range(8 * lite.PATHS_KEPT):
             assert lite.inference_path(path := f"/v1/v1/{n:010000}") and not lite.endpoints_at(path)
-        assert tracemalloc.get_traced_memory()[0] < 500_000
+        assert tracemalloc.get_traced_memory()[0] < 2.2 * 10_000 * lite.PATHS_KEPT
     finally:
         tracemalloc.stop()
 
