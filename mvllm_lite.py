@@ -5532,7 +5532,7 @@ class Pace:
     """A server's speed as it was learned; changed in place."""
 
     __slots__ = ("step_s", "prompt_steps", "samples", "retest_s", "retest_at",
-                 "tokens_per_event", "change", "usual_s", "usual_count", "trying")
+                 "tokens_per_event", "change", "changed_at", "usual_s", "usual_count", "trying")
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.step_s = step_s  # for one token of an answer, without other work
@@ -5544,6 +5544,7 @@ class Pace:
         self.tokens_per_event = 1.0  # of its streams
         self.usual_s, self.usual_count = step_s, 0  # its mean, and of how many samples
         self.change = 0  # at the last look, its streams were slower (1) or faster (-1) than known
+        self.changed_at = -INFINITY  # when that was adopted last
 
     @property
     def prompt_token_s(self) -> float:
@@ -5589,8 +5590,9 @@ class Pace:
     def answered(
         self, seconds: float, tokens: int, running: float, read: float, now: float
     ) -> None:
-        """Learn from an answer that has ended: its tokens, and seconds, after the first token."""
-        if tokens >= 8:
+        """Learn from an answer that has ended: its tokens, and seconds, after the first token.  One
+        that began before a change tells of both speeds."""
+        if tokens >= 8 and now - seconds >= self.changed_at:
             self.worked(seconds, tokens, running, read,
                         ANSWER_WEIGHT * min(1.0, tokens / ANSWER_TRUSTED_TOKENS), now)
 
@@ -5644,6 +5646,7 @@ class Pace:
         faster = seconds < self.step_s / CHANGED * steps
         before, self.change = self.change, slower - faster
         if self.change and self.change == before:
+            self.changed_at = now
             self.worked(seconds, max(tokens, 1.0), running, slower * read, STREAMS_WEIGHT, now)
 
 

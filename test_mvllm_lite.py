@@ -5257,6 +5257,22 @@ def test_streams_are_looked_at_against_what_was_sent_and_read_meanwhile():
     assert pace.samples == 1 and counts.looked[0] == 99.0
 
 
+@pytest.mark.parametrize("looks, began_at, step_ms", table(
+    ("no look showed a change", [(1.0, 45), (1.5, 45)], 0.0, 10.25),
+    ("one look shows none yet", [(1.0, 5)], 0.0, 10.25),
+    ("it began before a change", [(1.0, 5), (1.5, 5)], 1.0, 25),
+    ("it began after the change", [(1.0, 5), (1.5, 5)], 1.5, 24.5),
+))
+def test_an_answer_tells_the_speed_unless_the_server_changed_while_it_was_made(
+        looks, began_at, step_ms):
+    pace = lite.Pace(0.01)
+    pace.samples = 1000
+    for at, events in looks:
+        pace.streamed(0.5, events, 4, 0, 0, at)
+    pace.answered(3.0 - began_at, round((3.0 - began_at) / 0.015), 0, 0, 3.0)
+    assert 1e3 * pace.step_s == pytest.approx(step_ms)
+
+
 def test_a_picture_counts_by_its_tokens_and_not_by_its_bytes():
     """As far as hashes reach, a prompt has the tokens that all of it was said to have."""
     prompt = lite.Prompt(1500, tuple(range(1, 5)), hash_ends=(256, 512, 1024, 2048, 4096))
