@@ -5689,7 +5689,7 @@ KEPT_REPORTS = 3  # intervals until a report is old: one may be missed
 IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
 PENDING_OF = operator.attrgetter("counts.pending")
 PROMPT_SPEED_OF = operator.attrgetter("pace.prompt_tokens_per_s")
-MOST_RUNNING_GROWTH = 1.1  # per report without a queue
+MOST_RUNNING_GROWTH = 1.1  # per report that shows no limit; two that differ by more show none
 SPEED_CLAMP = 4.0  # the largest factor by which servers, or samples, may be faster or slower
 
 
@@ -5720,11 +5720,11 @@ def report_of(
 
 
 def most_running_after(before: Report, load: EngineLoad) -> float:
-    """The most requests that a server runs at once: those it ran while two reports in a row had a
-    queue.  Each later report without one raises that a little."""
-    running = load.running or 0
-    if load.queued and before.load.queued and running:
-        return max(running, before.load.running or 0)
+    """The most requests that a server runs at once: those it ran at two reports with a queue, if
+    as many; else prompts wait to be read, not for seats.  Other reports raise that a little."""
+    least, most = sorted((before.load.running or 0, load.running or 0))
+    if load.queued and before.load.queued and 0 < most <= MOST_RUNNING_GROWTH * least:
+        return most
     return MOST_RUNNING_GROWTH * before.most_running
 
 
