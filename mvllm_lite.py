@@ -23647,7 +23647,9 @@ class ScreenProcess:
     async def converse(self) -> int:
         """Run the process until it has ended.  Returns its exit code.  Raises OSError."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-I", "-S", __file__, "top", "--socket", str(theirs.fileno())]
+        compiled = getattr(__spec__, "cached", "")  # where this file was imported, and not run
+        program = compiled if compiled and os.path.exists(compiled) else __file__
+        command = [sys.executable, "-I", "-S", program, "top", "--socket", str(theirs.fileno())]
         with theirs, opened_anew(self.terminal) as terminal:
             child = await asyncio.create_subprocess_exec(
                 *command, stdin=terminal, stdout=terminal, stderr=asyncio.subprocess.DEVNULL,

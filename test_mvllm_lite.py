@@ -57,6 +57,7 @@ from typing import NamedTuple
 
 import pytest
 
+sys.dont_write_bytecode = False  # many tests start processes, which need not compile it again
 import mvllm_lite as lite
 from mvllm_lite import Blame, Fault, Retry, Settings, State
 
@@ -14494,7 +14495,10 @@ def compiled():
     """The file, compiled once for all the processes that the tests start."""
     kept = tempfile.TemporaryDirectory()
     atexit.register(kept.cleanup)
-    return py_compile.compile(str(HERE / "mvllm_lite.py"), str(Path(kept.name, "mvllm_lite.pyc")))
+    file = str(Path(kept.name, "mvllm_lite.pyc"))
+    with contextlib.suppress(OSError):
+        return shutil.copy(lite.__spec__.cached, file)
+    return py_compile.compile(str(HERE / "mvllm_lite.py"), file)
 
 
 def command(*args):
@@ -15066,7 +15070,7 @@ def test_an_isolated_python_without_site_packages_runs_the_demo():
 
 @pytest.mark.parametrize("closed", [1, 2])
 def test_it_runs_where_an_output_is_closed(closed):
-    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, HERE / "mvllm_lite.py"]
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, compiled()]
     done = subprocess.run([*command, "version"], capture_output=True, timeout=60)
     assert done.returncode == 0
 
@@ -20993,7 +20997,7 @@ class Shown:
         self.sock.settimeout(20)
         self.lines = terminal.closing.enter_context(self.sock.makefile())
         terminal.closing.enter_context(self.sock)
-        command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
+        command = (sys.executable, "-I", "-S", compiled(), "top", "--socket")
         terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()],
                      env=TERMINAL_ENV | env)
         theirs.close()
@@ -21211,7 +21215,7 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
     keys = lite.KeySettings("ops", "sk-ops", admin=True), lite.KeySettings("app", "sk-app")
     (tmp_path / "ops").write_text("sk-ops\n")
     (tmp_path / "app").write_text("sk-app\n")
-    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
+    command = [sys.executable, "-I", "-S", compiled(), "top"]
     async with balancing(Server(), keys=keys, status_access="key") as running:
         (url,) = [view.id for view in running.views()]
         here = f"http://127.0.0.1:{running.balancer.port}"
@@ -21241,7 +21245,7 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
 def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_path):
     path = tmp_path / "servers.toml"
     path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nport = 0\nlog_dir = ""\n')
-    command = 'echo "pid $$."; exec "$@"', "sh", sys.executable, str(HERE / "mvllm_lite.py"), path
+    command = 'echo "pid $$."; exec "$@"', "sh", sys.executable, compiled(), path
     leader = "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.stdin.read()"
     terminal.run(sys.executable, "-c", leader, "sh", "-c", *command)
     pid = re.search(r"pid (\d+)\.", terminal.read_until("q quit"))[1]
@@ -21457,7 +21461,7 @@ def test_check_config_says_of_each_setting_where_it_comes_from(tmp_path):
     toml.write_text('servers = [{ url = "http://a" }]\n\n[config]\nshape_file = "x"\n'
                     'api_key = "sk-secret"\nport = 1\n')
     done = subprocess.run(
-        [sys.executable, str(HERE / "mvllm_lite.py"), "check-config", "--effective", toml.name],
+        [sys.executable, compiled(), "check-config", "--effective", toml.name],
         cwd=tmp_path, env={"PORT": "9", "PATH": os.environ["PATH"]}, capture_output=True, text=True)
     rows = {row.split()[0]: row for row in done.stdout.splitlines() if not row.startswith(" ")}
     assert done.returncode == 0 and lite.CONFIG_FIELDS.keys() <= rows.keys()
@@ -23683,7 +23687,8 @@ def run_shares(arguments, processes):
         for output in outputs:
             shares.append(stack.enter_context(subprocess.Popen(
                 [sys.executable, __file__, *arguments], stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | {"MVLLM_LITE_TESTS": "%d %d" % pipe}, pass_fds=pipe)))
+                env=os.environ | {"MVLLM_LITE_TESTS": "%d %d" % pipe,
+                                  "PYTHONDONTWRITEBYTECODE": ""}, pass_fds=pipe)))
             stack.callback(shares[-1].terminate)
         codes = [share.wait() for share in shares]
         for output in outputs:
