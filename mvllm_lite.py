@@ -10826,19 +10826,19 @@ class HttpClient(Upstream):
         if content is not None:
             request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
         message = f"{request}\r\n".encode("latin-1") + (content or b"")
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        deadline = time.monotonic() + timeout_s
         if (stream := self._take_idle()) is not None:
             with contextlib.suppress(Stale):
                 async with within(timeout_s):
                     return await self._exchange(stream, message, take)
-        left_s = deadline - asyncio.get_running_loop().time()
+        left_s = deadline - time.monotonic()
         try:
             async with within(left_s):
                 reader, writer = await asyncio.open_connection(
                     self.host, self.port, ssl=self.tls(), server_hostname=self.tls_name)
         except OSError as error:
             raise connect_failure(error, timeout_s, self.tls() is not None) from None
-        async with within(deadline - asyncio.get_running_loop().time()):
+        async with within(deadline - time.monotonic()):
             return await self._exchange(
                 (MessageReader(reader, Blame.SERVER), writer), message, take)
 
@@ -10904,9 +10904,8 @@ AUTOPSY_PAUSE_S = 0.05  # a dying server may still accept connections, but not a
 async def is_dead(client: HttpClient) -> bool:
     """Whether a server that has lost an answer is dead: it refuses connections, or its health path
     answers 503, as without an engine."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + AUTOPSY_S
-    while (left_s := deadline - loop.time()) > 0:
+    deadline = time.monotonic() + AUTOPSY_S
+    while (left_s := deadline - time.monotonic()) > 0:
         try:
             status, _ = await client.fetch("/health", left_s)
             return status == 503
@@ -12019,7 +12018,7 @@ class Looks:
     def want(self, server: str) -> bool:
         """Have a server's watcher ask it.  Returns whether it will: not if a request had it asked
         less than LOOK_PAUSE_S ago."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if server not in self.wanted and now - self.ended.get(server, -INFINITY) > LOOK_PAUSE_S:
             self.wanted.add(server)
             if server in self._wakers:
@@ -12036,7 +12035,7 @@ class Looks:
         """Note that a server was asked.  Returns whether a request wanted that."""
         if wanted := server in self.wanted:
             self.wanted.discard(server)
-            self.ended[server] = asyncio.get_running_loop().time()
+            self.ended[server] = time.monotonic()
         return wanted
 
     def keep(self, servers: Collection[str]) -> None:
@@ -12053,7 +12052,7 @@ def loop_time() -> float:
 
 
 def clock_now() -> Clock:
-    return Clock(asyncio.get_running_loop().time(), time.time())
+    return Clock(time.monotonic(), time.time())
 
 
 class Process:
@@ -12193,13 +12192,13 @@ class Core:
 
     def goes_well(self, id: str, s: Settings) -> bool:
         """Whether a request has gone well at a server within `breaker_window`."""
-        now, minute = asyncio.get_running_loop().time(), self.recent.histories[id]
+        now, minute = time.monotonic(), self.recent.histories[id]
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
     def moves(self, server: str, within_s: float) -> bool:
         """Whether any engine of a server works: see `moves`."""
-        now, s = asyncio.get_running_loop().time(), self.settings
+        now, s = time.monotonic(), self.settings
         return any(moves(view, self.streams_at(view.id), within_s, now, s)
                    for view in self.fleet.engines(server))
 
@@ -12216,7 +12215,7 @@ class Core:
             self.metrics.servers_removed.add(old[id].source.value)
             for _, rank in engine_ids(old[id].settings):
                 name = engine_id(old[id].settings.name, rank)
-                self.departed[name] = asyncio.get_running_loop().time()
+                self.departed[name] = time.monotonic()
 
     def move_streams(self) -> None:
         """Have other servers continue the streams of servers that are drained or leaving."""
@@ -12240,7 +12239,7 @@ class Core:
 
     def has_room(self) -> bool:
         """Whether any server could take one more request."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         return self.fleet.has_room(now, self.settings.metrics_interval)
 
     def count_decision(self, id: str, ranking: Ranking, attempt: int) -> str:
@@ -12730,7 +12729,7 @@ class Case:
         async with at_most(TEST_LIMIT_S):
             while (test := core.requests.tests.get(content)) is not None:
                 await test.wait()
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if core.requests.poison.holds(content, now, self.settings.poison_hold):
             return False
         if core.requests.poison.knows(content) and content not in core.requests.tests:
@@ -12787,7 +12786,7 @@ class Case:
         that did well with the request."""
         core, s = self.core, self.settings
         for server, text, _ in to_blame(self.suspects, well_at):
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             if well_at:
                 core.judge(server, Health.confirmed, self.known_by, text, now, s)
             else:
@@ -12801,7 +12800,7 @@ class Case:
         core, s = self.core, self.settings
         if (view := core.fleet.view(server)) is None or self.suspects:
             return bool(self.suspects)
-        content, now = self.digest(), asyncio.get_running_loop().time()
+        content, now = self.digest(), time.monotonic()
         return view.health.would_open(content if core.goes_well(server, s) else b"", now, s)
 
     async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
@@ -12823,7 +12822,7 @@ class Case:
     def died(self, server: str, failure: Outcome, sent_at: float) -> Outcome:
         """Book a server's death.  Returns the failure, with the number of servers that have died
         with this request or its content."""
-        core, s, now = self.core, self.settings, asyncio.get_running_loop().time()
+        core, s, now = self.core, self.settings, time.monotonic()
         core.judge(server, Health.died, failure.text, now)
         core.metrics.deaths.add(core.fleet.name_of(server))
         self._deaths += 1
@@ -12963,7 +12962,7 @@ class Resuming:
 
     async def recall(self, outcome: Outcome, server: str, content: Content) -> Prospect:
         """Read what was shown.  Returns how the stream can continue after that outcome."""
-        now, s = asyncio.get_running_loop().time(), self.settings
+        now, s = time.monotonic(), self.settings
         if not self._waits:
             label = outcome.fault.label if outcome.fault else ""
             self._waits, self.broken_at, self.broken = True, now, f"{label} at {server}"
@@ -13580,24 +13579,23 @@ async def check_server(
 ) -> Check | None:
     """Ask /health, and /v1/models if there is no /health or models are wanted: a server becomes
     known together with its models.  None if it could not be asked for a reason on our side."""
-    loop = asyncio.get_running_loop()
-    begun, has_health = loop.time(), False
+    begun, has_health = time.monotonic(), False
     try:
         if want_health:
             status, _ = await client.fetch("/health", timeout_s)
             has_health = status not in (404, 405)
             if has_health and not 200 <= status < 300:
-                return bad_check(client, "/health", status, loop.time() - begun)
+                return bad_check(client, "/health", status, time.monotonic() - begun)
             if has_health and not want_models:
-                return Check(True, loop.time() - begun)
-        seconds = loop.time() - begun
+                return Check(True, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
         status, content = await client.fetch("/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
-        ours, seconds = error.fault is Fault.NO_RESOURCES, loop.time() - begun
+        ours, seconds = error.fault is Fault.NO_RESOURCES, time.monotonic() - begun
         hung = error.fault is Fault.CONNECT_TIMEOUT
         return None if ours else Check(False, seconds, str(error), hung=hung)
     except TimeoutError:
-        why, seconds = f"no answer to a check within {timeout_s:g} s", loop.time() - begun
+        why, seconds = f"no answer to a check within {timeout_s:g} s", time.monotonic() - begun
         return Check(False, seconds, why, reached=True, hung=True)
     models = model_list(content, client.name) if status == 200 else None
     if models is not None:
@@ -13615,35 +13613,35 @@ def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Che
 
 async def watch_health(core: Core, server: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
-    loop = asyncio.get_running_loop()
     while True:
         s = core.settings
         active = s.enable_active_health_check
-        want_models = core.fleet.models_due(server, loop.time(), s) or server in core.looks.wanted
+        want_models = server in core.looks.wanted or (
+            core.fleet.models_due(server, time.monotonic(), s))
         if active or want_models:
-            begun = loop.time()
+            begun = time.monotonic()
             core.recent.asked(server, begun)
             found = await check_server(
                 core.client(server), s.health_check_timeout, active, want_models)
             if found is not None and (found.passed or found.reached and not found.hung):
                 core.recent.answered(server)
-            if core.process.stood_still_since(begun, loop.time()):
+            if core.process.stood_still_since(begun, time.monotonic()):
                 continue  # its duration, and perhaps its failure, was caused by us
             if found is not None and found.models is not None:
-                core.fleet.models_listed(server, found.models, loop.time(), found.version)
+                core.fleet.models_listed(server, found.models, time.monotonic(), found.version)
             if found is not None and (active or found.rejected):
                 note_check(core, server, found, begun)
             if want_models and core.looks.done(server):
                 core.news.notify()
         if not active:
-            core.judge(server, Health.rested, loop.time(), s)
+            core.judge(server, Health.rested, time.monotonic(), s)
         await core.looks.rest(server, min(s.health_check_interval, INFINITY if active else 1.0))
 
 
 def note_check(core: Core, server: str, found: Check, begun: float) -> None:
     """Judge a server by a check.  A check that hung while answers flowed takes no server out; one
     in which our key was rejected does so at once."""
-    now, views = asyncio.get_running_loop().time(), core.fleet.engines(server)
+    now, views = time.monotonic(), core.fleet.engines(server)
     if found.rejected:
         core.judge(server, Health.refused, found.why, now)
         return
@@ -13668,12 +13666,11 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
 
 async def watch_load(core: Core, server: str) -> None:
     """Read one server's load for ever.  After a failure the old figures stay, and fade."""
-    loop = asyncio.get_running_loop()
     agreed_at = dict[str, float]()
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
-        trouble, begun = "", loop.time()
+        trouble, begun = "", time.monotonic()
         own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
         core.recent.asked(server, begun)
         try:
@@ -13696,9 +13693,9 @@ async def watch_load(core: Core, server: str) -> None:
         lost = lost + 1 if trouble else 0
         if lost >= KEPT_REPORTS and core.fleet.unscraped(server, trouble):
             log.warning("%s: %s: only our own requests there are known", name, trouble)
-        if not core.process.stood_still_since(begun - interval_s, loop.time()):
+        if not core.process.stood_still_since(begun - interval_s, time.monotonic()):
             await check_progress(core, server)
-        await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
+        await asyncio.sleep(max(interval_s / 2, begun + interval_s - time.monotonic()))
 
 
 def take_loads(
@@ -13706,7 +13703,7 @@ def take_loads(
     agreed_at: dict[str, float],
 ) -> None:
     """Take what a server's page says of its engines; `own` counts our requests at each before."""
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     for view in core.fleet.engines(server):
         own_then = max(own.get(view.id, 0), view.counts.in_flight)
         load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
@@ -13730,7 +13727,7 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
 
 async def check_progress(core: Core, server: str) -> None:
     """Take out a server of which an engine stands still, and bring it back when it moves again."""
-    views, now, s = core.fleet.engines(server), asyncio.get_running_loop().time(), core.settings
+    views, now, s = core.fleet.engines(server), time.monotonic(), core.settings
     if not views:
         return
     health = views[0].health
@@ -13743,7 +13740,7 @@ async def check_progress(core: Core, server: str) -> None:
     elif (views[0].open and health.open_until is not None and not health.trials
             and now >= health.open_until - s.metrics_interval):
         well = await engine_responds(core.client(server), s.health_check_timeout)
-        core.judge(server, Health.probed, well, asyncio.get_running_loop().time(), s)
+        core.judge(server, Health.probed, well, time.monotonic(), s)
     for view in views:
         waiting = [one for one in core.requests.running.get(view.id, ()) if one.waits]
         even_begun = not view.healthy
@@ -13767,15 +13764,15 @@ PAUSE_MAX_S = 60.0  # between two tries of background work that keeps failing
 async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) -> None:
     """Repeat background work whatever happens in it, with a pause that doubles after each failure
     in a row."""
-    pause_s, loop = 0.0, asyncio.get_running_loop()
+    pause_s = 0.0
     while True:
-        begun = loop.time()
+        begun = time.monotonic()
         try:
             await work()
             pause_s = 0.0
         except Exception:  # the broad except for background tasks
             core.internal_error(what)
-            if loop.time() - begun > PAUSE_MAX_S:
+            if time.monotonic() - begun > PAUSE_MAX_S:
                 pause_s = 0.0
             usual_s = core.settings.health_check_interval
             pause_s = max(usual_s, min(2 * pause_s, PAUSE_MAX_S))
@@ -13796,7 +13793,7 @@ def look_at_streams(core: Core, id: str, attempts: Iterable[Attempt]) -> None:
     pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
              if attempt.pump is not None and attempt.response.streams]
     events = [n for n in map(streamed_events, pumps) if n is not None]
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     core.fleet.streamed(id, len(events), sum(events) / max(1, len(events)), now)
 
 
@@ -14027,7 +14024,7 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
     """Check a server now; an open circuit gets its trial at once.  Raises PeerGone."""
     s = core.settings
     found = await check_server(core.client(server), s.health_check_timeout, True, True)
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
     if found.models is not None:
@@ -14254,7 +14251,7 @@ async def refresh_models(core: Core) -> None:
               for client in servers.values())
     for server, found in zip(servers, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             core.fleet.models_listed(server, found.models, now, found.version)
 
 
@@ -14861,7 +14858,7 @@ class Follower:
         this.settings_error = ""
         if settings != old:
             core.metrics.reloads.add("applied")
-            this.reloaded_at = asyncio.get_running_loop().time()
+            this.reloaded_at = time.monotonic()
             known = core.roster.entries.keys()
             self._adopt(settings, secrets)
             now = core.roster.entries.keys()
@@ -15161,10 +15158,10 @@ class Handover:
     async def survives_trial(self, child: subprocess.Popen[bytes], front: Front) -> bool:
         """Whether a successor serves for `trial_s`.  Meanwhile this process accepts no clients; if
         the successor ends, it accepts them again."""
-        loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        begun = time.monotonic()
         front.rest(True)
         try:
-            while child.poll() is None and loop.time() < begun + self.trial_s:
+            while child.poll() is None and time.monotonic() < begun + self.trial_s:
                 await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
             code = child.returncode
         finally:
@@ -15176,7 +15173,7 @@ class Handover:
             front.rest(False)
             self.taken_back()
             log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
-                      " serves again", child.pid, loop.time() - begun, code)
+                      " serves again", child.pid, time.monotonic() - begun, code)
         return code is None
 
 
@@ -15376,12 +15373,11 @@ class Balancer:
         try:
             return listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
-            reason = error_text(error)
             keys = (f"{prefix}host", f"{prefix}port")
             file, overrides = self.follower.file, self.follower.overrides
             given = [overrides[key][1] for key in keys if key in overrides]
             origin = ", ".join(given) or (file.path if file else "defaults")
-            text = f"cannot listen on {host}:{port}: {reason}"
+            text = f"cannot listen on {host}:{port}: {error_text(error)}"
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
 
     def stop(self) -> None:
@@ -15431,17 +15427,17 @@ class Balancer:
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a busy core),
         so that no server is blamed for it."""
-        loop, sampled_at = asyncio.get_running_loop(), -INFINITY
+        sampled_at = -INFINITY
         while True:
-            due = self.core.process.pulse_due_at = loop.time() + STALL_S
+            due = self.core.process.pulse_due_at = time.monotonic() + STALL_S
             await asyncio.sleep(STALL_S)
             self.core.requests.queue.hand_over(self.core.has_room)
-            if loop.time() >= sampled_at + 1:
-                sampled_at = loop.time()
+            if time.monotonic() >= sampled_at + 1:
+                sampled_at = time.monotonic()
                 self.core.retire_departed(sampled_at)
                 self.core.sample(sampled_at)
-            if (late_s := loop.time() - due) > STALL_S:
-                self.core.process.stalled_at = loop.time()
+            if (late_s := time.monotonic() - due) > STALL_S:
+                self.core.process.stalled_at = time.monotonic()
                 self.core.metrics.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
@@ -15490,7 +15486,7 @@ class Balancer:
                     log.warning("%s: its certificate is NOT verified (verify = false)",
                                 entry.settings.name)
         core.fleet.apply([entry.settings for entry in new.values()],
-                         asyncio.get_running_loop().time(), s.pools,
+                         time.monotonic(), s.pools,
                          [id for id, entry in new.items() if entry.drained])
         if s.drain_resume:
             core.move_streams()
@@ -16111,9 +16107,9 @@ class NameFollower:
         take: Callable[[tuple[str, ...], tuple[str, ...]], object],
     ) -> None:
         """Call `take` at each change with the addresses before and those now."""
-        loop, known, failing = asyncio.get_running_loop(), tuple[str, ...](), False
+        known, failing = tuple[str, ...](), False
         while True:
-            begun = loop.time()
+            begun = time.monotonic()
             async with self._lookups:
                 lookup = await in_thread(
                     functools.partial(first_family, self._resolve, host, families))
@@ -16123,7 +16119,7 @@ class NameFollower:
             if lookup.exception() is None and lookup.result() != known:
                 take(known, lookup.result())
                 known = lookup.result()
-            await asyncio.sleep(max(0.0, begun + refresh_s - loop.time()))
+            await asyncio.sleep(max(0.0, begun + refresh_s - time.monotonic()))
 
     def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
         """Count a lookup and log when failing begins and ends.  Returns whether it has failed."""
@@ -16842,8 +16838,8 @@ class Watch:
         """Take changes until the stream ends, which is no failure.  Raises what `ask` raises if
         it never began."""
         listing, lines, content, failures = self.listing, Lines(), bytearray(), list[ApiFailure]()
-        loop, version = asyncio.get_running_loop(), listing.version
-        begun, api.head, api.limit_bytes = loop.time(), None, INFINITY
+        version = listing.version
+        begun, api.head, api.limit_bytes = time.monotonic(), None, INFINITY
 
         def take(piece: bytes) -> None:
             if api.head is not None and api.head.status != 200:
@@ -16862,7 +16858,7 @@ class Watch:
                 raise
         if failures or (failure := self._failure_of(api, bytes(content))) is not None:
             return failures[0] if failures else failure
-        if loop.time() - begun < BRIEF_S and listing.version == version:
+        if time.monotonic() - begun < BRIEF_S and listing.version == version:
             return ApiFailure(0, "the API ends each watch at once")
         self._note("watch")
         return None
@@ -16882,14 +16878,14 @@ class Watch:
 
     async def rest(self, verb: str, failure: ApiFailure) -> None:
         """Wait after a failure: for a pause, or until the credentials change."""
-        standing, loop = self.standing, asyncio.get_running_loop()
+        standing = self.standing
         was, used = standing.trouble, self._api and self._api.cluster
-        deadline = loop.time() + standing.failed(verb, failure, self._draw)
+        deadline = time.monotonic() + standing.failed(verb, failure, self._draw)
         self.listing.refused(failure, standing.failures)
         if standing.trouble not in ("", was):
             log.warning("kubernetes: %s: %s; its servers stay as they are",
                         self.listing.what.name, failure.text)
-        while (left_s := deadline - loop.time()) > 0:
+        while (left_s := deadline - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, CREDENTIALS_S))
             with contextlib.suppress(SettingsError):
                 if cluster_of(self.listing.what.table, self._environ) != used:
@@ -17850,13 +17846,13 @@ class ZmqListener:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str
     ) -> None:
         """Raises BadMessage, SettingsError, OSError, TimeoutError."""
-        zmtp, loop = ZmtpPeer(), asyncio.get_running_loop()
-        greeted_by = loop.time() + ZMQ_HANDSHAKE_S
+        zmtp = ZmtpPeer()
+        greeted_by = time.monotonic() + ZMQ_HANDSHAKE_S
         while True:
             writer.write(bytes(zmtp.answer))
             zmtp.answer.clear()
             greets = zmtp.identity is None
-            async with within(greeted_by - loop.time() if greets else ZMQ_SILENCE_S):
+            async with within(greeted_by - time.monotonic() if greets else ZMQ_SILENCE_S):
                 await writer.drain()
                 if not (piece := await reader.read(ZMQ_PIECE_BYTES)):
                     return
@@ -20118,7 +20114,6 @@ class Child:
     async def end(self, grace_s: float) -> list[int]:
         """Ask it to end, and kill what is left of its group after `grace_s`.  Returns the ids of
         processes that are left even so."""
-        loop = asyncio.get_running_loop()
         if self.alive and grace_s:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGTERM)
@@ -20126,11 +20121,11 @@ class Child:
                 await self.ended()
                 while group_members(self.pid):
                     await asyncio.sleep(ENDS_LOOK_S / 4)
-        until = loop.time() + KILLED_S
+        until = time.monotonic() + KILLED_S
         while left := group_members(self.pid):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-            if loop.time() > until:
+            if time.monotonic() > until:
                 break
             await asyncio.sleep(ENDS_LOOK_S / 10)
         if self.popen is not None:
@@ -20518,15 +20513,15 @@ class Agent:
         return reason
 
     async def await_ready(self, one: Instance, child: Child) -> str:
-        loop, ended = asyncio.get_running_loop(), asyncio.ensure_future(child.ended())
-        deadline = loop.time() + one.model.start_timeout_s
+        ended = asyncio.ensure_future(child.ended())
+        deadline = time.monotonic() + one.model.start_timeout_s
         try:
             while not ended.done():
                 if not (trouble := await one.look()):
                     await one.warm_up()
                     return ""
                 one.trouble = trouble
-                if loop.time() > deadline:
+                if time.monotonic() > deadline:
                     return f"it was not ready within {one.model.start_timeout_s:g} s: {trouble}"
                 await asyncio.wait((ended,), timeout=READY_LOOK_S)
             return child.end_reason
@@ -21451,8 +21446,8 @@ class ModelPool(Holdings):
     async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
         """Wait until a request for a model finds a server; one start or wake serves all who wait.
         Returns WELL, or MODEL_NOT_READY and why."""
-        loop, uses = asyncio.get_running_loop(), self.uses
-        uses.used_at[model.alias] = began = loop.time()
+        uses = self.uses
+        uses.used_at[model.alias] = began = time.monotonic()
         if self.is_routable(model):
             return WELL
         waiter = object()
@@ -21461,7 +21456,7 @@ class ModelPool(Holdings):
         beat_s = self.core.settings.queue_heartbeat or POOL_HEARTBEAT_S
         until, beat_at = began + model.wake_timeout_s, began + beat_s
         try:
-            while (now := loop.time()) < until:
+            while (now := time.monotonic()) < until:
                 if (known := self.models.get(model.alias)) is None:
                     return Outcome(Fault.UNKNOWN_MODEL, unknown_model(model.alias, self.models))
                 if text := self.impossible(known):
@@ -21471,12 +21466,12 @@ class ModelPool(Holdings):
                     await self.core.news.changed()
                 if self.is_routable(model):
                     return WELL
-                if loop.time() >= beat_at:
+                if time.monotonic() >= beat_at:
                     beat()
                     beat_at += beat_s
         finally:
             del uses.waiting[model.alias][waiter]
-            uses.used_at[model.alias] = loop.time()
+            uses.used_at[model.alias] = time.monotonic()
         troubles = (one["reason"] for _, one in self.instances(model.alias)
                     if one["status"] == "starting" or one["failures"]
                     and one["status"] != "running")
