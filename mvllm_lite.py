@@ -9820,7 +9820,7 @@ def status_report(
         "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
         "models": models_of(views, recent, process["requests"]["running"], clock.monotonic),
         "fleet": {"step_s": GRAPH_S, **{
-            name: [point[name] for point in recent.graph] for name in GRAPHS}},  # type: ignore
+            name: [point[name] for point in recent.graph] for name in GRAPHS}},
         "events": list(recent.events), "live": roster.report(),
     }  # type: ignore[typeddict-item]
 
@@ -13591,12 +13591,12 @@ async def check_server(
         seconds = time.monotonic() - begun
         status, content = await client.fetch("/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
-        ours, seconds = error.fault is Fault.NO_RESOURCES, time.monotonic() - begun
-        hung = error.fault is Fault.CONNECT_TIMEOUT
-        return None if ours else Check(False, seconds, str(error), hung=hung)
+        failed = Check(False, time.monotonic() - begun, str(error),
+                       hung=error.fault is Fault.CONNECT_TIMEOUT)
+        return None if error.fault is Fault.NO_RESOURCES else failed
     except TimeoutError:
-        why, seconds = f"no answer to a check within {timeout_s:g} s", time.monotonic() - begun
-        return Check(False, seconds, why, reached=True, hung=True)
+        why = f"no answer to a check within {timeout_s:g} s"
+        return Check(False, time.monotonic() - begun, why, reached=True, hung=True)
     models = model_list(content, client.name) if status == 200 else None
     if models is not None:
         version = (await client.members_at("/version", timeout_s)).get("version")
@@ -13627,8 +13627,7 @@ async def watch_health(core: Core, server: str) -> None:
                 core.recent.answered(server)
             if core.process.stood_still_since(begun, time.monotonic()):
                 continue  # its duration, and perhaps its failure, was caused by us
-            if found is not None and found.models is not None:
-                core.fleet.models_listed(server, found.models, time.monotonic(), found.version)
+            note_models(core, server, found)
             if found is not None and (active or found.rejected):
                 note_check(core, server, found, begun)
             if want_models and core.looks.done(server):
@@ -13636,6 +13635,11 @@ async def watch_health(core: Core, server: str) -> None:
         if not active:
             core.judge(server, Health.rested, time.monotonic(), s)
         await core.looks.rest(server, min(s.health_check_interval, INFINITY if active else 1.0))
+
+
+def note_models(core: Core, server: str, found: Check | None) -> None:
+    if found is not None and found.models is not None:
+        core.fleet.models_listed(server, found.models, time.monotonic(), found.version)
 
 
 def note_check(core: Core, server: str, found: Check, begun: float) -> None:
@@ -13674,8 +13678,7 @@ async def watch_load(core: Core, server: str) -> None:
         own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
         core.recent.asked(server, begun)
         try:
-            status, page = await core.client(server).fetch(
-                "/metrics", max(1.0, 2 * interval_s))
+            status, page = await core.client(server).fetch("/metrics", max(1.0, 2 * interval_s))
             core.recent.answered(server)
             result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
@@ -13683,9 +13686,9 @@ async def watch_load(core: Core, server: str) -> None:
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
                 take_loads(core, server, loads, own, agreed_at)
         except NO_ANSWER as error:
-            said = str(error) or "it takes too long"
             core.recent.answered(server, error)
-            result, trouble = "failed", f"/metrics does not answer: {said}"
+            trouble = f"/metrics does not answer: {str(error) or 'it takes too long'}"
+            result = "failed"
         name = core.fleet.name_of(server)
         core.metrics.scrapes.add(name, result)
         if not trouble and lost >= KEPT_REPORTS:
@@ -14027,8 +14030,7 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
     now = time.monotonic()
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
-    if found.models is not None:
-        core.fleet.models_listed(server, found.models, now, found.version)
+    note_models(core, server, found)
     note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
     core.news.notify()
@@ -14250,9 +14252,7 @@ async def refresh_models(core: Core) -> None:
     checks = (check_server(client, core.settings.health_check_timeout, False, True)
               for client in servers.values())
     for server, found in zip(servers, await asyncio.gather(*checks)):
-        if found is not None and found.models is not None:
-            now = time.monotonic()
-            core.fleet.models_listed(server, found.models, now, found.version)
+        note_models(core, server, found)
 
 
 @endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
@@ -14761,14 +14761,12 @@ class SettingsFile:
                     break
                 found = again
         except SettingsError as error:
-            if self.held == str(error):
-                return None
-            self.held = str(error)
-            raise
-        if found == self.held:
+            before, self.held = self.held, str(error)
+            if before != self.held:
+                raise
             return None
-        self.held = found
-        return self._decoded(found)
+        before, self.held = self.held, found
+        return None if before == found else self._decoded(found)
 
     def _decoded(self, found: bytes) -> str:
         try:
@@ -14783,10 +14781,9 @@ def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them take effect at the next start."""
     changed = [key for key in (*CONFIG_FIELDS, *TABLES[2:])
                if getattr(old, key) != getattr(new, key)]
-    late = [key for key in changed if key in RESTART_KEYS]
-    now = [key for key in changed if key not in late]
-    words = [f"changed: {', '.join(now)}"] * bool(now)
-    return "; ".join(words + [f"at the next start: {', '.join(late)}"] * bool(late))
+    parts = (("changed", [key for key in changed if key not in RESTART_KEYS]),
+             ("at the next start", [key for key in changed if key in RESTART_KEYS]))
+    return "; ".join(f"{when}: {', '.join(keys)}" for when, keys in parts if keys)
 
 
 class Follower:
@@ -14819,15 +14816,14 @@ class Follower:
             log.info("there is no settings file to look at")
 
     def look_at_secrets(self) -> None:
-        known = self.core.pools.secrets
+        known, before, self._secrets_error = self.core.pools.secrets, self._secrets_error, ""
         try:
             secrets = Secrets(self.core.settings, known)
         except SettingsError as error:
-            if str(error) != self._secrets_error:
-                log.error("keys and certificates stay as they were:\n%s", error)
             self._secrets_error = str(error)
+            if str(error) != before:
+                log.error("keys and certificates stay as they were:\n%s", error)
             return
-        self._secrets_error = ""
         if secrets.files != known.files:
             log.info("keys or certificates have changed")
             self._adopt_secrets(secrets)
@@ -14837,10 +14833,10 @@ class Follower:
         with a log line."""
         core, this, old = self.core, self.core.process, self.core.settings
         refused = this.settings_error
+        unchanged = f"{plural(len(core.roster.entries), 'server')}, nothing changed"
         try:
             if (text := await file.read_if_changed()) is None:
                 if asked:
-                    unchanged = f"{plural(len(core.roster.entries), 'server')}, nothing changed"
                     log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
                             " were: %s", f"\n{refused}" if refused else unchanged)
                 return
@@ -14862,14 +14858,13 @@ class Follower:
             known = core.roster.entries.keys()
             self._adopt(settings, secrets)
             now = core.roster.entries.keys()
-            counts = f", {len(now - known)} added, {len(known - now)} draining"
-            words = [plural(len(now), "server") + counts, changes_line(old, settings)]
+            words = (f"{plural(len(now), 'server')}, {len(now - known)} added,"
+                     f" {len(known - now)} draining", changes_line(old, settings))
             log.info("new settings: %s", "; ".join(filter(None, words)))
             return
         core.settings = settings  # which may stand on other lines
         if asked:
-            log.info("new settings: %s, nothing changed",
-                     plural(len(core.roster.entries), "server"))
+            log.info("new settings: %s", unchanged)
 
 
 # ══════════
@@ -14960,49 +14955,42 @@ def fail(message: str) -> int:
 OLD_PREFIXES = ("ROUTER_", "MANAGER_")  # of HOST and PORT
 
 
-def strange_host(environ: Mapping[str, str]) -> str:
-    """The variable HOST if it is not an address to listen on: conda and some shells set it, too."""
-    host = environ.get("HOST", "")
+def heeded(environ: Mapping[str, str]) -> tuple[Mapping[str, str], list[Complaint]]:
+    """The environment as it is heeded, and warnings.  HOST and PORT may have the names that
+    serverless_vllm gave them.  What Kubernetes sets for a service of that name, like
+    tcp://10.0.0.1:80, is no port; a HOST that is no address is that of conda or a shell."""
+    found, old = dict(environ), list[str]()
+    for name in ("HOST", "PORT"):
+        said = [word for prefix in OLD_PREFIXES if (word := environ.get(prefix + name))
+                and (name == "HOST" or word.isdecimal())]
+        if said and not environ.get(name):
+            found[name] = said[-1]
+            old.append(name)
+    told = [Complaint("environment", 0, "", f"{' and '.join(old)} by an old name"
+                      f" ({', '.join(OLD_PREFIXES)})")] * bool(old)
+    host = found.get("HOST", "")
     try:
         ipaddress.ip_address(host or "::")
     except ValueError:
-        return "" if host.lower() == "localhost" else host
-    return ""
-
-
-def with_old_prefixes(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment with HOST and PORT taken from serverless_vllm's names for them, too.  What
-    Kubernetes sets for a service of that name, like tcp://10.0.0.1:80, is not a port."""
-    said = {name: environ[old + name] for old in OLD_PREFIXES for name in ("HOST", "PORT")
-            if environ.get(old + name) and (name == "HOST" or environ[old + name].isdecimal())}
-    return said | {name: value for name, value in environ.items() if value or name not in said}
+        if host.lower() != "localhost":
+            found["HOST"] = ""
+            text = f"found {shown(host)}, expected an IP address or localhost; ignored"
+            told.append(Complaint("environment HOST", 0, "host", text))
+    return found, told
 
 
 def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    """Warnings about variables with old names, and about a HOST that is ignored."""
-    full = with_old_prefixes(environ)
-    old = [name for name in ("HOST", "PORT") if full.get(name) != environ.get(name)]
-    told = [Complaint("environment", 0, "", f"{' and '.join(old)} by an old name"
-                      f" ({', '.join(OLD_PREFIXES)})")] * bool(old)
-    return told + wrong_host(full, args)
-
-
-def wrong_host(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
-        return []
-    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
-    return [Complaint("environment HOST", 0, "host", text)]
+    """Warnings about the environment, but for a HOST that a flag overrides."""
+    return [one for one in heeded(environ)[1]
+            if one.key != "host" or getattr(args, "host", None) is None]
 
 
 def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
     """The settings that flags and environment give; they win over the file."""
-    found: dict[str, tuple[Any, str]] = {}
-    environ = with_old_prefixes(environ)
-    if strange_host(environ):
-        environ = {**environ, "HOST": ""}
+    found, (environ, _) = dict[str, tuple[Any, str]](), heeded(environ)
     for key, field in CONFIG_FIELDS.items():
-        if name := field.metadata["env"] and environ.get(field.metadata["env"]):
-            found[key] = name, f"environment {field.metadata['env']}"
+        if said := environ.get(name := field.metadata["env"]):
+            found[key] = said, f"environment {name}"
     for key in ("host", "port", "log_level"):
         if getattr(args, key, None) is not None:
             found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
@@ -15228,8 +15216,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
         return next(filter(None, (asyncio.run(process_at(url)) for url in urls)), 0)
 
     if not (old := pid or running()):
-        text = f"no balancer on port {s.port} tells its process id; give it with --pid"
-        return False, text
+        return False, f"no balancer on port {s.port} tells its process id; give it with --pid"
     try:
         os.kill(old, signal.SIGUSR2)
     except OSError as error:
@@ -15314,7 +15301,7 @@ class Balancer:
             log.removeHandler(keeper)
 
     async def serve(self, ready: Callable[[], object], secrets: Secrets) -> None:
-        core, sockets = self.core, self._sockets
+        core, sockets, process = self.core, self._sockets, self.core.process
         async with asyncio.TaskGroup() as self._tasks:
             self._watchers = Watchers(core, self._tasks)
             self._services = Services(core, self._tasks)
@@ -15332,10 +15319,11 @@ class Balancer:
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
             await self._stop.wait()
-            core.process.stopping = True
-            if not self.core.process.succeeded:
-                await self.wait_for_second_stop(core.settings.drain_delay)
-            self._front.close(to_the_last=not self.core.process.succeeded)
+            process.stopping = True
+            if not process.succeeded:  # a second stop ends the wait
+                async with at_most(core.settings.drain_delay):
+                    await self._stop_now.wait()
+            self._front.close(to_the_last=not process.succeeded)
             await self.drain()
             self._services.stop()
             self._watchers.stop()
@@ -15388,18 +15376,13 @@ class Balancer:
                 task.cancel()
         self._stop.set()
 
-    async def wait_for_second_stop(self, seconds: float) -> None:
-        """Wait that long, or until `stop` is called a second time."""
-        async with at_most(seconds):
-            await self._stop_now.wait()
-
     async def drain(self) -> None:
         """Let running answers finish, for at most drain_timeout.  A request that is on its way on
         an idle connection is answered, too, if it comes soon; or, once a successor serves and
         nothing is urgent, whenever it comes."""
         core, running = self.core, self.core.clients.exchanges
         timeout_s = core.settings.drain_timeout
-        grace_s = timeout_s if self.core.process.succeeded else min(timeout_s, IDLE_GRACE_S)
+        grace_s = timeout_s if core.process.succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
             if response is not None and not response.begun:
                 response.close_after()
@@ -15427,18 +15410,19 @@ class Balancer:
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a busy core),
         so that no server is blamed for it."""
-        sampled_at = -INFINITY
+        core, sampled_at = self.core, -INFINITY
         while True:
-            due = self.core.process.pulse_due_at = time.monotonic() + STALL_S
+            due = core.process.pulse_due_at = time.monotonic() + STALL_S
             await asyncio.sleep(STALL_S)
-            self.core.requests.queue.hand_over(self.core.has_room)
-            if time.monotonic() >= sampled_at + 1:
-                sampled_at = time.monotonic()
-                self.core.retire_departed(sampled_at)
-                self.core.sample(sampled_at)
+            core.requests.queue.hand_over(core.has_room)
+            now = time.monotonic()
+            if now >= sampled_at + 1:
+                sampled_at = now
+                core.retire_departed(now)
+                core.sample(now)
             if (late_s := time.monotonic() - due) > STALL_S:
-                self.core.process.stalled_at = time.monotonic()
-                self.core.metrics.stalls.add()
+                core.process.stalled_at = time.monotonic()
+                core.metrics.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
