@@ -9884,6 +9884,11 @@ async def within(seconds: float) -> AsyncIterator[None]:
             timer.cancel()
 
 
+def loop_time() -> float:
+    """The event loop's clock, in monotonic seconds."""
+    return asyncio.get_running_loop().time()
+
+
 @contextlib.asynccontextmanager
 async def at_most(seconds: float) -> AsyncIterator[None]:
     """Leave the block after that time, without an error."""
@@ -10826,19 +10831,19 @@ class HttpClient(Upstream):
         if content is not None:
             request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
         message = f"{request}\r\n".encode("latin-1") + (content or b"")
-        deadline = time.monotonic() + timeout_s
+        deadline = loop_time() + timeout_s
         if (stream := self._take_idle()) is not None:
             with contextlib.suppress(Stale):
                 async with within(timeout_s):
                     return await self._exchange(stream, message, take)
-        left_s = deadline - time.monotonic()
+        left_s = deadline - loop_time()
         try:
             async with within(left_s):
                 reader, writer = await asyncio.open_connection(
                     self.host, self.port, ssl=self.tls(), server_hostname=self.tls_name)
         except OSError as error:
             raise connect_failure(error, timeout_s, self.tls() is not None) from None
-        async with within(deadline - time.monotonic()):
+        async with within(deadline - loop_time()):
             return await self._exchange(
                 (MessageReader(reader, Blame.SERVER), writer), message, take)
 
@@ -10904,8 +10909,8 @@ AUTOPSY_PAUSE_S = 0.05  # a dying server may still accept connections, but not a
 async def is_dead(client: HttpClient) -> bool:
     """Whether a server that has lost an answer is dead: it refuses connections, or its health path
     answers 503, as without an engine."""
-    deadline = time.monotonic() + AUTOPSY_S
-    while (left_s := deadline - time.monotonic()) > 0:
+    deadline = loop_time() + AUTOPSY_S
+    while (left_s := deadline - loop_time()) > 0:
         try:
             status, _ = await client.fetch("/health", left_s)
             return status == 503
@@ -12018,7 +12023,7 @@ class Looks:
     def want(self, server: str) -> bool:
         """Have a server's watcher ask it.  Returns whether it will: not if a request had it asked
         less than LOOK_PAUSE_S ago."""
-        now = time.monotonic()
+        now = loop_time()
         if server not in self.wanted and now - self.ended.get(server, -INFINITY) > LOOK_PAUSE_S:
             self.wanted.add(server)
             if server in self._wakers:
@@ -12035,7 +12040,7 @@ class Looks:
         """Note that a server was asked.  Returns whether a request wanted that."""
         if wanted := server in self.wanted:
             self.wanted.discard(server)
-            self.ended[server] = time.monotonic()
+            self.ended[server] = loop_time()
         return wanted
 
     def keep(self, servers: Collection[str]) -> None:
@@ -12046,13 +12051,8 @@ class Looks:
                 del known[server]
 
 
-def loop_time() -> float:
-    """The event loop's clock, in monotonic seconds."""
-    return asyncio.get_running_loop().time()
-
-
 def clock_now() -> Clock:
-    return Clock(time.monotonic(), time.time())
+    return Clock(loop_time(), time.time())
 
 
 class Process:
@@ -12192,13 +12192,13 @@ class Core:
 
     def goes_well(self, id: str, s: Settings) -> bool:
         """Whether a request has gone well at a server within `breaker_window`."""
-        now, minute = time.monotonic(), self.recent.histories[id]
+        now, minute = loop_time(), self.recent.histories[id]
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
     def moves(self, server: str, within_s: float) -> bool:
         """Whether any engine of a server works: see `moves`."""
-        now, s = time.monotonic(), self.settings
+        now, s = loop_time(), self.settings
         return any(moves(view, self.streams_at(view.id), within_s, now, s)
                    for view in self.fleet.engines(server))
 
@@ -12215,7 +12215,7 @@ class Core:
             self.metrics.servers_removed.add(old[id].source.value)
             for _, rank in engine_ids(old[id].settings):
                 name = engine_id(old[id].settings.name, rank)
-                self.departed[name] = time.monotonic()
+                self.departed[name] = loop_time()
 
     def move_streams(self) -> None:
         """Have other servers continue the streams of servers that are drained or leaving."""
@@ -12239,7 +12239,7 @@ class Core:
 
     def has_room(self) -> bool:
         """Whether any server could take one more request."""
-        now = time.monotonic()
+        now = loop_time()
         return self.fleet.has_room(now, self.settings.metrics_interval)
 
     def count_decision(self, id: str, ranking: Ranking, attempt: int) -> str:
@@ -12729,7 +12729,7 @@ class Case:
         async with at_most(TEST_LIMIT_S):
             while (test := core.requests.tests.get(content)) is not None:
                 await test.wait()
-        now = time.monotonic()
+        now = loop_time()
         if core.requests.poison.holds(content, now, self.settings.poison_hold):
             return False
         if core.requests.poison.knows(content) and content not in core.requests.tests:
@@ -12786,7 +12786,7 @@ class Case:
         that did well with the request."""
         core, s = self.core, self.settings
         for server, text, _ in to_blame(self.suspects, well_at):
-            now = time.monotonic()
+            now = loop_time()
             if well_at:
                 core.judge(server, Health.confirmed, self.known_by, text, now, s)
             else:
@@ -12800,7 +12800,7 @@ class Case:
         core, s = self.core, self.settings
         if (view := core.fleet.view(server)) is None or self.suspects:
             return bool(self.suspects)
-        content, now = self.digest(), time.monotonic()
+        content, now = self.digest(), loop_time()
         return view.health.would_open(content if core.goes_well(server, s) else b"", now, s)
 
     async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
@@ -12822,7 +12822,7 @@ class Case:
     def died(self, server: str, failure: Outcome, sent_at: float) -> Outcome:
         """Book a server's death.  Returns the failure, with the number of servers that have died
         with this request or its content."""
-        core, s, now = self.core, self.settings, time.monotonic()
+        core, s, now = self.core, self.settings, loop_time()
         core.judge(server, Health.died, failure.text, now)
         core.metrics.deaths.add(core.fleet.name_of(server))
         self._deaths += 1
@@ -12962,7 +12962,7 @@ class Resuming:
 
     async def recall(self, outcome: Outcome, server: str, content: Content) -> Prospect:
         """Read what was shown.  Returns how the stream can continue after that outcome."""
-        now, s = time.monotonic(), self.settings
+        now, s = loop_time(), self.settings
         if not self._waits:
             label = outcome.fault.label if outcome.fault else ""
             self._waits, self.broken_at, self.broken = True, now, f"{label} at {server}"
@@ -13579,24 +13579,24 @@ async def check_server(
 ) -> Check | None:
     """Ask /health, and /v1/models if there is no /health or models are wanted: a server becomes
     known together with its models.  None if it could not be asked for a reason on our side."""
-    begun, has_health = time.monotonic(), False
+    begun, has_health = loop_time(), False
     try:
         if want_health:
             status, _ = await client.fetch("/health", timeout_s)
             has_health = status not in (404, 405)
             if has_health and not 200 <= status < 300:
-                return bad_check(client, "/health", status, time.monotonic() - begun)
+                return bad_check(client, "/health", status, loop_time() - begun)
             if has_health and not want_models:
-                return Check(True, time.monotonic() - begun)
-        seconds = time.monotonic() - begun
+                return Check(True, loop_time() - begun)
+        seconds = loop_time() - begun
         status, content = await client.fetch("/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
-        failed = Check(False, time.monotonic() - begun, str(error),
+        failed = Check(False, loop_time() - begun, str(error),
                        hung=error.fault is Fault.CONNECT_TIMEOUT)
         return None if error.fault is Fault.NO_RESOURCES else failed
     except TimeoutError:
         why = f"no answer to a check within {timeout_s:g} s"
-        return Check(False, time.monotonic() - begun, why, reached=True, hung=True)
+        return Check(False, loop_time() - begun, why, reached=True, hung=True)
     models = model_list(content, client.name) if status == 200 else None
     if models is not None:
         version = (await client.members_at("/version", timeout_s)).get("version")
@@ -13616,16 +13616,15 @@ async def watch_health(core: Core, server: str) -> None:
     while True:
         s = core.settings
         active = s.enable_active_health_check
-        want_models = server in core.looks.wanted or (
-            core.fleet.models_due(server, time.monotonic(), s))
+        want_models = server in core.looks.wanted or core.fleet.models_due(server, loop_time(), s)
         if active or want_models:
-            begun = time.monotonic()
+            begun = loop_time()
             core.recent.asked(server, begun)
             found = await check_server(
                 core.client(server), s.health_check_timeout, active, want_models)
             if found is not None and (found.passed or found.reached and not found.hung):
                 core.recent.answered(server)
-            if core.process.stood_still_since(begun, time.monotonic()):
+            if core.process.stood_still_since(begun, loop_time()):
                 continue  # its duration, and perhaps its failure, was caused by us
             note_models(core, server, found)
             if found is not None and (active or found.rejected):
@@ -13633,19 +13632,19 @@ async def watch_health(core: Core, server: str) -> None:
             if want_models and core.looks.done(server):
                 core.news.notify()
         if not active:
-            core.judge(server, Health.rested, time.monotonic(), s)
+            core.judge(server, Health.rested, loop_time(), s)
         await core.looks.rest(server, min(s.health_check_interval, INFINITY if active else 1.0))
 
 
 def note_models(core: Core, server: str, found: Check | None) -> None:
     if found is not None and found.models is not None:
-        core.fleet.models_listed(server, found.models, time.monotonic(), found.version)
+        core.fleet.models_listed(server, found.models, loop_time(), found.version)
 
 
 def note_check(core: Core, server: str, found: Check, begun: float) -> None:
     """Judge a server by a check.  A check that hung while answers flowed takes no server out; one
     in which our key was rejected does so at once."""
-    now, views = time.monotonic(), core.fleet.engines(server)
+    now, views = loop_time(), core.fleet.engines(server)
     if found.rejected:
         core.judge(server, Health.refused, found.why, now)
         return
@@ -13674,7 +13673,7 @@ async def watch_load(core: Core, server: str) -> None:
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
-        trouble, begun = "", time.monotonic()
+        trouble, begun = "", loop_time()
         own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
         core.recent.asked(server, begun)
         try:
@@ -13696,9 +13695,9 @@ async def watch_load(core: Core, server: str) -> None:
         lost = lost + 1 if trouble else 0
         if lost >= KEPT_REPORTS and core.fleet.unscraped(server, trouble):
             log.warning("%s: %s: only our own requests there are known", name, trouble)
-        if not core.process.stood_still_since(begun - interval_s, time.monotonic()):
+        if not core.process.stood_still_since(begun - interval_s, loop_time()):
             await check_progress(core, server)
-        await asyncio.sleep(max(interval_s / 2, begun + interval_s - time.monotonic()))
+        await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop_time()))
 
 
 def take_loads(
@@ -13706,7 +13705,7 @@ def take_loads(
     agreed_at: dict[str, float],
 ) -> None:
     """Take what a server's page says of its engines; `own` counts our requests at each before."""
-    now = time.monotonic()
+    now = loop_time()
     for view in core.fleet.engines(server):
         own_then = max(own.get(view.id, 0), view.counts.in_flight)
         load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
@@ -13730,7 +13729,7 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
 
 async def check_progress(core: Core, server: str) -> None:
     """Take out a server of which an engine stands still, and bring it back when it moves again."""
-    views, now, s = core.fleet.engines(server), time.monotonic(), core.settings
+    views, now, s = core.fleet.engines(server), loop_time(), core.settings
     if not views:
         return
     health = views[0].health
@@ -13743,7 +13742,7 @@ async def check_progress(core: Core, server: str) -> None:
     elif (views[0].open and health.open_until is not None and not health.trials
             and now >= health.open_until - s.metrics_interval):
         well = await engine_responds(core.client(server), s.health_check_timeout)
-        core.judge(server, Health.probed, well, time.monotonic(), s)
+        core.judge(server, Health.probed, well, loop_time(), s)
     for view in views:
         waiting = [one for one in core.requests.running.get(view.id, ()) if one.waits]
         even_begun = not view.healthy
@@ -13769,13 +13768,13 @@ async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) ->
     in a row."""
     pause_s = 0.0
     while True:
-        begun = time.monotonic()
+        begun = loop_time()
         try:
             await work()
             pause_s = 0.0
         except Exception:  # the broad except for background tasks
             core.internal_error(what)
-            if time.monotonic() - begun > PAUSE_MAX_S:
+            if loop_time() - begun > PAUSE_MAX_S:
                 pause_s = 0.0
             usual_s = core.settings.health_check_interval
             pause_s = max(usual_s, min(2 * pause_s, PAUSE_MAX_S))
@@ -13796,7 +13795,7 @@ def look_at_streams(core: Core, id: str, attempts: Iterable[Attempt]) -> None:
     pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
              if attempt.pump is not None and attempt.response.streams]
     events = [n for n in map(streamed_events, pumps) if n is not None]
-    now = time.monotonic()
+    now = loop_time()
     core.fleet.streamed(id, len(events), sum(events) / max(1, len(events)), now)
 
 
@@ -14027,7 +14026,7 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
     """Check a server now; an open circuit gets its trial at once.  Raises PeerGone."""
     s = core.settings
     found = await check_server(core.client(server), s.health_check_timeout, True, True)
-    now = time.monotonic()
+    now = loop_time()
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
     note_models(core, server, found)
@@ -14854,7 +14853,7 @@ class Follower:
         this.settings_error = ""
         if settings != old:
             core.metrics.reloads.add("applied")
-            this.reloaded_at = time.monotonic()
+            this.reloaded_at = loop_time()
             known = core.roster.entries.keys()
             self._adopt(settings, secrets)
             now = core.roster.entries.keys()
@@ -15146,10 +15145,10 @@ class Handover:
     async def survives_trial(self, child: subprocess.Popen[bytes], front: Front) -> bool:
         """Whether a successor serves for `trial_s`.  Meanwhile this process accepts no clients; if
         the successor ends, it accepts them again."""
-        begun = time.monotonic()
+        begun = loop_time()
         front.rest(True)
         try:
-            while child.poll() is None and time.monotonic() < begun + self.trial_s:
+            while child.poll() is None and loop_time() < begun + self.trial_s:
                 await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
             code = child.returncode
         finally:
@@ -15161,7 +15160,7 @@ class Handover:
             front.rest(False)
             self.taken_back()
             log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
-                      " serves again", child.pid, time.monotonic() - begun, code)
+                      " serves again", child.pid, loop_time() - begun, code)
         return code is None
 
 
@@ -15412,16 +15411,16 @@ class Balancer:
         so that no server is blamed for it."""
         core, sampled_at = self.core, -INFINITY
         while True:
-            due = core.process.pulse_due_at = time.monotonic() + STALL_S
+            due = core.process.pulse_due_at = loop_time() + STALL_S
             await asyncio.sleep(STALL_S)
             core.requests.queue.hand_over(core.has_room)
-            now = time.monotonic()
+            now = loop_time()
             if now >= sampled_at + 1:
                 sampled_at = now
                 core.retire_departed(now)
                 core.sample(now)
-            if (late_s := time.monotonic() - due) > STALL_S:
-                core.process.stalled_at = time.monotonic()
+            if (late_s := loop_time() - due) > STALL_S:
+                core.process.stalled_at = loop_time()
                 core.metrics.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
@@ -15470,7 +15469,7 @@ class Balancer:
                     log.warning("%s: its certificate is NOT verified (verify = false)",
                                 entry.settings.name)
         core.fleet.apply([entry.settings for entry in new.values()],
-                         time.monotonic(), s.pools,
+                         loop_time(), s.pools,
                          [id for id, entry in new.items() if entry.drained])
         if s.drain_resume:
             core.move_streams()
@@ -16093,7 +16092,7 @@ class NameFollower:
         """Call `take` at each change with the addresses before and those now."""
         known, failing = tuple[str, ...](), False
         while True:
-            begun = time.monotonic()
+            begun = loop_time()
             async with self._lookups:
                 lookup = await in_thread(
                     functools.partial(first_family, self._resolve, host, families))
@@ -16103,7 +16102,7 @@ class NameFollower:
             if lookup.exception() is None and lookup.result() != known:
                 take(known, lookup.result())
                 known = lookup.result()
-            await asyncio.sleep(max(0.0, begun + refresh_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, begun + refresh_s - loop_time()))
 
     def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
         """Count a lookup and log when failing begins and ends.  Returns whether it has failed."""
@@ -16823,7 +16822,7 @@ class Watch:
         it never began."""
         listing, lines, content, failures = self.listing, Lines(), bytearray(), list[ApiFailure]()
         version = listing.version
-        begun, api.head, api.limit_bytes = time.monotonic(), None, INFINITY
+        begun, api.head, api.limit_bytes = loop_time(), None, INFINITY
 
         def take(piece: bytes) -> None:
             if api.head is not None and api.head.status != 200:
@@ -16842,7 +16841,7 @@ class Watch:
                 raise
         if failures or (failure := self._failure_of(api, bytes(content))) is not None:
             return failures[0] if failures else failure
-        if time.monotonic() - begun < BRIEF_S and listing.version == version:
+        if loop_time() - begun < BRIEF_S and listing.version == version:
             return ApiFailure(0, "the API ends each watch at once")
         self._note("watch")
         return None
@@ -16864,12 +16863,12 @@ class Watch:
         """Wait after a failure: for a pause, or until the credentials change."""
         standing = self.standing
         was, used = standing.trouble, self._api and self._api.cluster
-        deadline = time.monotonic() + standing.failed(verb, failure, self._draw)
+        deadline = loop_time() + standing.failed(verb, failure, self._draw)
         self.listing.refused(failure, standing.failures)
         if standing.trouble not in ("", was):
             log.warning("kubernetes: %s: %s; its servers stay as they are",
                         self.listing.what.name, failure.text)
-        while (left_s := deadline - time.monotonic()) > 0:
+        while (left_s := deadline - loop_time()) > 0:
             await asyncio.sleep(min(left_s, CREDENTIALS_S))
             with contextlib.suppress(SettingsError):
                 if cluster_of(self.listing.what.table, self._environ) != used:
@@ -17831,12 +17830,12 @@ class ZmqListener:
     ) -> None:
         """Raises BadMessage, SettingsError, OSError, TimeoutError."""
         zmtp = ZmtpPeer()
-        greeted_by = time.monotonic() + ZMQ_HANDSHAKE_S
+        greeted_by = loop_time() + ZMQ_HANDSHAKE_S
         while True:
             writer.write(bytes(zmtp.answer))
             zmtp.answer.clear()
             greets = zmtp.identity is None
-            async with within(greeted_by - time.monotonic() if greets else ZMQ_SILENCE_S):
+            async with within(greeted_by - loop_time() if greets else ZMQ_SILENCE_S):
                 await writer.drain()
                 if not (piece := await reader.read(ZMQ_PIECE_BYTES)):
                     return
@@ -20105,11 +20104,11 @@ class Child:
                 await self.ended()
                 while group_members(self.pid):
                     await asyncio.sleep(ENDS_LOOK_S / 4)
-        until = time.monotonic() + KILLED_S
+        until = loop_time() + KILLED_S
         while left := group_members(self.pid):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-            if time.monotonic() > until:
+            if loop_time() > until:
                 break
             await asyncio.sleep(ENDS_LOOK_S / 10)
         if self.popen is not None:
@@ -20498,14 +20497,14 @@ class Agent:
 
     async def await_ready(self, one: Instance, child: Child) -> str:
         ended = asyncio.ensure_future(child.ended())
-        deadline = time.monotonic() + one.model.start_timeout_s
+        deadline = loop_time() + one.model.start_timeout_s
         try:
             while not ended.done():
                 if not (trouble := await one.look()):
                     await one.warm_up()
                     return ""
                 one.trouble = trouble
-                if time.monotonic() > deadline:
+                if loop_time() > deadline:
                     return f"it was not ready within {one.model.start_timeout_s:g} s: {trouble}"
                 await asyncio.wait((ended,), timeout=READY_LOOK_S)
             return child.end_reason
@@ -21431,7 +21430,7 @@ class ModelPool(Holdings):
         """Wait until a request for a model finds a server; one start or wake serves all who wait.
         Returns WELL, or MODEL_NOT_READY and why."""
         uses = self.uses
-        uses.used_at[model.alias] = began = time.monotonic()
+        uses.used_at[model.alias] = began = loop_time()
         if self.is_routable(model):
             return WELL
         waiter = object()
@@ -21440,7 +21439,7 @@ class ModelPool(Holdings):
         beat_s = self.core.settings.queue_heartbeat or POOL_HEARTBEAT_S
         until, beat_at = began + model.wake_timeout_s, began + beat_s
         try:
-            while (now := time.monotonic()) < until:
+            while (now := loop_time()) < until:
                 if (known := self.models.get(model.alias)) is None:
                     return Outcome(Fault.UNKNOWN_MODEL, unknown_model(model.alias, self.models))
                 if text := self.impossible(known):
@@ -21450,12 +21449,12 @@ class ModelPool(Holdings):
                     await self.core.news.changed()
                 if self.is_routable(model):
                     return WELL
-                if time.monotonic() >= beat_at:
+                if loop_time() >= beat_at:
                     beat()
                     beat_at += beat_s
         finally:
             del uses.waiting[model.alias][waiter]
-            uses.used_at[model.alias] = time.monotonic()
+            uses.used_at[model.alias] = loop_time()
         troubles = (one["reason"] for _, one in self.instances(model.alias)
                     if one["status"] == "starting" or one["failures"]
                     and one["status"] != "running")
