@@ -10787,6 +10787,7 @@ class MessageReader:
 
 
 Stream = tuple[MessageReader, asyncio.StreamWriter]  # one of our own connections to a server
+UNANSWERED = PeerGone, BadMessage, TimeoutError  # what a request of our own raises
 
 
 NO_ANSWER = (PeerGone, BadMessage, TimeoutError)  # that its methods raise
@@ -15840,17 +15841,18 @@ def argument_parser(only: str = "") -> argparse.ArgumentParser:
 def add_run(parser: argparse.ArgumentParser) -> None:
     # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
     add_config(parser)
-    parser.add_argument("--help", action="help", help="show this help message and exit")
-    parser.add_argument("--server", nargs="+", action="extend", metavar="URL",
-                        help="servers, in place of the file's")
-    parser.add_argument("--max-load", nargs="+", action="extend", metavar="N",
-                        help="their max_concurrent_requests")
-    parser.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
-    parser.add_argument("-p", "--port", help="port to listen on")
-    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
-    parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
-    parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
-    parser.add_argument("--reload", action="store_true", help="no effect: it is always watched")
+    add = parser.add_argument
+    add("--help", action="help", help="show this help message and exit")
+    add("--server", nargs="+", action="extend", metavar="URL",
+        help="servers, in place of the file's")
+    add("--max-load", nargs="+", action="extend", metavar="N",
+        help="their max_concurrent_requests")
+    add("-h", "--host", nargs="?", const="", help="address to listen on")
+    add("-p", "--port", help="port to listen on")
+    add("-c", "--console", action="store_true", help="log lines, not the screen")
+    add("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
+    add("-m", "--model", action="store_true", help="name models in state changes")
+    add("--reload", action="store_true", help="no effect: it is always watched")
     add_router_flags(parser)
 
 
@@ -23767,14 +23769,13 @@ async def act_by_key(core: Core, action: Action) -> None:
 
 
 def add_top(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}",
-                        metavar="URL", help="where it listens (default %(default)s)")
-    parser.add_argument("--key-file", default="", metavar="FILE",
-                        help="holds a key for status and admin")
-    parser.add_argument("--ca-file", default="", metavar="FILE",
-                        help="https: certificates to trust")
-    parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
-    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # from a balancer here
+    add = parser.add_argument
+    add("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}", metavar="URL",
+        help="where it listens (default %(default)s)")
+    add("--key-file", default="", metavar="FILE", help="holds a key for status and admin")
+    add("--ca-file", default="", metavar="FILE", help="https: certificates to trust")
+    add("--insecure", action="store_true", help="https: trust any certificate")
+    add("--socket", type=int, help=argparse.SUPPRESS)  # from a balancer here
 
 
 @command("top", "the screen, of a balancer that runs elsewhere", add_top,
@@ -25227,11 +25228,6 @@ def spread(arrivals: list[Arrival]) -> list[Arrival]:
             for group in groups for n, arrival in enumerate(group)]
 
 
-def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
-    """The first `limit` arrivals (None: all), `speedup` times as fast."""
-    return [arrival._replace(at_s=arrival.at_s / speedup) for arrival in arrivals[:limit]]
-
-
 class MadeUp(NamedTuple):
     """A kind of made-up traffic, for those who have recorded none."""
 
@@ -25635,25 +25631,9 @@ TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 1
 PATIENCE_S = 60.0  # how long a router may hold requests while none is in flight
 
 
-class Router(Protocol):
-    """Chooses the server for each request; arrivals and servers are given by number."""
-
-    def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
-        """Returns the server for a request, or a pair: the one that reads its prompt and the one
-        that answers.  None leaves it in the queue."""
-
-    def has_read(self, number: int, now: float) -> None:
-        """The first of two servers has read the prompt."""
-
-    def first_token(self, number: int, now: float) -> None: ...
-
-    def finished(self, number: int, now: float) -> None: ...
-
-    def scraped(self, server: int, report: EngineReport, now: float) -> None: ...
-
-
 class PolicyRouter:
-    """The balancer's own routing in a replay: the same fleet, the same ranking, the same queue."""
+    """The balancer's own routing in a replay: the same fleet, the same ranking, the same queue.
+    Arrivals and servers are given by number."""
 
     def __init__(self, s: Settings, draw: random.Random) -> None:
         self.settings, self.draw, self.fleet = s, draw, Fleet()
@@ -25666,6 +25646,8 @@ class PolicyRouter:
         self.reading = dict[int, Lease]()  # at servers that read a prompt for another
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
+        """The server for a request, or a pair: the one that reads its prompt and the one that
+        answers.  None leaves it in the queue."""
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
             arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
@@ -25709,6 +25691,7 @@ class PolicyRouter:
         return self.ids.index(ranking.asked.id)
 
     def has_read(self, number: int, now: float) -> None:
+        """The first of two servers has read the prompt."""
         lease = self.reading.pop(number)
         lease.answered(now, True)
         lease.end(now)
@@ -25752,7 +25735,7 @@ class Replay:
     """Arrivals, engines and a router in simulated time; `run` it once."""
 
     def __init__(
-        self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
+        self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: PolicyRouter,
         interval_s: float, progress: Callable[[float], None] = lambda share: None,
         transfer_s: float = TRANSFER_TOKEN_US * 1e-6,
     ):
@@ -25923,6 +25906,10 @@ def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
     raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
 
 
+def positive_whole(word: str) -> Any:
+    return positive(word, int)
+
+
 def engine_kind(word: str) -> tuple[str, EngineKind]:
     """The word, and the engine kind that it names or gives the capacity of.  Raises
     ArgumentTypeError."""
@@ -25935,36 +25922,31 @@ def engine_kind(word: str) -> tuple[str, EngineKind]:
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
-                                      f" made-up traffic: {', '.join(MADE_UP)}")
-    parser.add_argument("--policy", action="append", metavar="NAME",
-                        help="all, or one (repeatable; default: the settings')")
-    parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
-    parser.add_argument("--fleet", nargs="+", metavar="KIND", type=engine_kind,
-                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
-    parser.add_argument("--add-server", action="append", metavar="KIND", type=engine_kind,
-                        help="one more server (repeatable)")
-    parser.add_argument("--auto", action="store_true", help="learn the servers' capacities")
-    parser.add_argument(
-        "--split", nargs="?", const=0, type=functools.partial(positive, kind=int), metavar="N",
+    add, kinds = parser.add_argument, ", ".join(ENGINE_KINDS)
+    add("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or made-up traffic: "
+        + ", ".join(MADE_UP))
+    add("--policy", action="append", metavar="NAME",
+        help="all, or one (repeatable; default: the settings')")
+    add("--servers", dest="config", metavar="FILE", help="settings with servers")
+    add("--fleet", nargs="+", metavar="KIND", type=engine_kind,
+        help=f"servers in their place: {kinds}, or a capacity")
+    add("--add-server", action="append", metavar="KIND", type=engine_kind,
+        help="one more server (repeatable)")
+    add("--auto", action="store_true", help="learn the servers' capacities")
+    add("--split", nargs="?", const=0, type=positive_whole, metavar="N",
         help="also have the first N servers read prompts and the others answer (default: as"
              " [[disaggregation]] has it, or every N)")
-    parser.add_argument(
-        "--transfer", type=positive, default=TRANSFER_TOKEN_US, metavar="US",
+    add("--transfer", type=positive, default=TRANSFER_TOKEN_US, metavar="US",
         help="microseconds to move a token's KV blocks to another server (default"
              f" {TRANSFER_TOKEN_US:g}: 128 kB at 10 GB/s)")
-    parser.add_argument(
-        "--speed", type=positive, default=1.0, metavar="X", help="send requests X times as fast")
-    parser.add_argument(
-        "--limit", type=functools.partial(positive, kind=int), metavar="N",
-        help="the first N requests")
-    parser.add_argument("--seconds", type=positive, default=180.0, metavar="S",
-                        help="length of made-up traffic (default 180)")
-    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S",
-                        help="an answer is good if its first token comes within S seconds"
-                             " (default 1)")
-    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S",
-                        help="and if it takes at most S seconds a token (default 0.05)")
+    add("--speed", type=positive, default=1.0, metavar="X", help="send requests X times as fast")
+    add("--limit", type=positive_whole, metavar="N", help="the first N requests")
+    add("--seconds", type=positive, default=180.0, metavar="S",
+        help="length of made-up traffic (default 180)")
+    add("--slo-ttft", type=positive, default=1.0, metavar="S",
+        help="an answer is good if its first token comes within S seconds (default 1)")
+    add("--slo-token", type=positive, default=0.05, metavar="S",
+        help="and if it takes at most S seconds a token (default 0.05)")
 
 
 @command(
@@ -25983,7 +25965,8 @@ def run_replay(args: argparse.Namespace) -> int:
     if not servers:
         return fail(f"{args.config}: found no servers, expected some to replay with")
     try:
-        arrivals = adapted(read_trace(args.trace, args.seconds), args.speed, args.limit)
+        arrivals = [one._replace(at_s=one.at_s / args.speed) for one in read_trace(
+            args.trace, args.seconds)[: args.limit]]
         if not arrivals:
             return fail(f"{args.trace}: found no requests, expected some to replay")
         policies = wanted_policies(args.policy or [settings.policy], settings)
@@ -26099,6 +26082,7 @@ WORDS = (
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
 Event = tuple[str, Any]  # its name, '' for none, and its document
+Refused = tuple[str, str | None]  # vLLM's words; the part or the parameter that they are about
 TOKEN_TEXT = re.compile(r"\s*\S{1,6}|\s+$")  # a token; its bytes, read as a number, are its id
 
 
@@ -26106,70 +26090,65 @@ def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dic
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}
 
 
-def missing(names: Sequence[str], document: Mapping[str, Any]) -> tuple[str, str | None]:
-    said = "".join(
-        f"\n  {{'type': 'missing', 'loc': 'body.{name}', 'msg': 'Field required', 'input':"
-        f" '<dict of {len(document)} items>'}}" for name in names)
-    return f"{len(names)} validation error{'s' * (len(names) > 1)}:{said}", f"body.{names[0]}"
+def unreadable(head: RequestHead, content: Content, needed: Sequence[str]) -> Refused | None:
+    """What is wrong with a request's content; None if nothing is."""
 
+    def wrong(kind: str, part: str, message: str, found: Any, more: str = "") -> Refused:
+        return (f"{{'type': '{kind}', 'loc': '{part}', 'msg': '{message}', 'input': {found!r}"
+                f"{more}}}"), part
 
-def unreadable(head: RequestHead, content: Content, needed: Sequence[str]
-               ) -> tuple[str, str | None] | None:
-    """What is wrong with a request's content, in vLLM's words, and where; None if nothing is."""
-    start = "1 validation error:\n  "
+    def refused(*faults: Refused) -> Refused:
+        many = f"{len(faults)} validation error{'s' * (len(faults) > 1)}:"
+        return "\n  ".join([many, *(text for text, _ in faults)]), faults[0][1]
+
     media_type, _, _ = head.fields.get("content-type").partition(";")
     if media_type.strip().lower() != "application/json":
-        return f"{start}Unsupported Media Type: Only 'application/json' is allowed", None
+        return refused(("Unsupported Media Type: Only 'application/json' is allowed", None))
     try:
         document = json.loads(content)
     except json.JSONDecodeError as error:
-        part = f"body.{error.pos}"
-        return (f"{start}{{'type': 'json_invalid', 'loc': '{part}', 'msg': 'JSON decode error',"
-                f" 'input': '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), part
+        return refused(wrong("json_invalid", f"body.{error.pos}", "JSON decode error",
+                             "<dict of 0 items>", f", 'ctx': {{'error': '{error.msg}'}}"))
     except ValueError:  # no UTF-8
-        return f"{start}There was an error parsing the body", None
+        return refused(("There was an error parsing the body", None))
     if not isinstance(document, dict):
-        found = f"<list of {len(document)} items>" if isinstance(document, list) else document
-        return (f"{start}{{'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input should be"
-                " a valid dictionary or object to extract fields from', 'input':"
-                f" '{found}'}}"), "body"
-    if absent := [name for name in needed if name not in document]:
-        return missing(absent, document)
-    if not isinstance(document.get("messages", []), list):
-        return (f"{start}{{'type': 'list_type', 'loc': 'body.messages', 'msg': 'Input should be a"
-                f" valid list', 'input': {document['messages']!r}}}"), "body.messages"
-    for name in ("temperature", "top_p"):
-        if isinstance(value := document.get(name), str):
-            return (f"{start}{{'type': 'float_parsing', 'loc': 'body.{name}', 'msg': 'Input should"
-                    f" be a valid number, unable to parse string as a number', 'input': {value!r}}}"
-                    ), f"body.{name}"
-    return None
+        found = f"<list of {len(document)} items>" if isinstance(document, list) else str(document)
+        return refused(wrong("model_attributes_type", "body", "Input should be a valid dictionary"
+                             " or object to extract fields from", found))
+    faults = [wrong("missing", f"body.{name}", "Field required", f"<dict of {len(document)} items>")
+              for name in needed if name not in document]
+    if not faults and not isinstance(messages := document.get("messages", []), list):
+        faults = [wrong("list_type", "body.messages", "Input should be a valid list", messages)]
+    faults = faults or [
+        wrong("float_parsing", f"body.{name}", "Input should be a valid number, unable to parse"
+              " string as a number", value) for name in ("temperature", "top_p")
+        if isinstance(value := document.get(name), str)]
+    return refused(*faults) if faults else None
 
 
 LIMIT_WORDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
-def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str | None] | None:
-    """What vLLM says about a value out of range, and its parameter; None if all can be."""
+def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> Refused | None:
+    """What vLLM says about a value out of range; None if all can be."""
 
-    def at(text: str, name: str, value: Any) -> tuple[str, str]:
+    def at(text: str, name: str, value: Any) -> Refused:
         return f"{text} (parameter={name}, value={value})", name
 
-    for name, low, high, range_said in (("temperature", 0, 2, "[0, 2]"), ("top_p", 0, 1, "(0, 1]")):
+    for name, most, interval in (("temperature", 2, "[0, 2]"), ("top_p", 1, "(0, 1]")):
         if isinstance(value := wanted.get(name), (int, float)):
             value = float(value)
             if name == "temperature" and value < 0:
                 return at(f"temperature must be non-negative, got {value}.", name, value)
-            if not low <= value <= high or (name == "top_p" and value == 0):
-                return at(f"{name} must be in {range_said}, got {value}.", name, value)
+            if not 0 <= value <= most or (name == "top_p" and value == 0):
+                return at(f"{name} must be in {interval}, got {value}.", name, value)
     if isinstance(n := wanted.get("n"), int) and n < 1:
         return f"n must be at least 1, got {n}.", None
     for name in LIMIT_WORDS:
-        if not isinstance(tokens := wanted.get(name), int):
-            continue  # null is none
-        if tokens < 1:
+        tokens = wanted.get(name)
+        if isinstance(tokens, int) and tokens < 1:
             return at(f"max_tokens must be at least 1, got {tokens}.", "max_tokens", tokens)
-        if tokens > SIMULATED_LENGTH:
+        if isinstance(tokens, int) and tokens > SIMULATED_LENGTH:
             return at(f"{name}={tokens} cannot be greater than max_model_len={SIMULATED_LENGTH}."
                       " Please request fewer output tokens.", name, tokens)
     if wanted.get("messages") == []:
@@ -26178,12 +26157,11 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str | 
     if wanted.get("prompt") == "":
         text = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
         return text, "prompt"
-    if prompt.tokens < SIMULATED_LENGTH:
-        return None
-    return at(f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
-              f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit"
-              " even without any output tokens. Please reduce the length of the input prompt.",
-              "input_tokens", prompt.tokens)
+    return None if prompt.tokens < SIMULATED_LENGTH else at(
+        f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your prompt"
+        f" contains at least {prompt.tokens} input tokens, which exceeds this limit even without"
+        " any output tokens. Please reduce the length of the input prompt.", "input_tokens",
+        prompt.tokens)
 
 
 def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
@@ -26257,19 +26235,21 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
         prompt = [wanted.get(name) for name in PROMPT_MEMBERS]
         draw = random.Random(json.dumps([asked, prompt]))
     limit = next((wanted[name] for name in LIMIT_WORDS if isinstance(wanted.get(name), int)), 0)
-    count = wanted.get("n") if isinstance(wanted.get("n"), int) else 1
-    if isinstance(prompts := wanted.get("prompt"), list):
-        count *= len(prompts) if prompts and not isinstance(prompts[0], int) else 1
+    count = n if isinstance(n := wanted.get("n"), int) else 1
+    prompts = wanted.get("prompt")
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        count *= len(prompts)
     tool, schema = wanted_tool(wanted), wanted_schema(wanted)
-    if tool is not None or schema is not None:
-        parameters = (tool or {}).get("parameters") or (tool or {}).get("input_schema") or {}
-        value = fitting(schema) if tool is None else fitting(parameters) or {}
+    if tool is not None:
+        schema = tool.get("parameters") or tool.get("input_schema") or {}
+    if schema is not None:
+        value = fitting(schema) if tool is None else fitting(schema) or {}
         pieces = TOKEN_TEXT.findall(json.dumps(value))
         return Script([pieces] * count, str((tool or {}).get("name") or ""))
+    goes_on = wanted.get("continue_final_message") or isinstance(prompts, str)
     choices = []
     for _ in range(count):
         words = [f" {draw.choice(WORDS)}" for _ in range(limit or draw.randint(40, 120))]
-        goes_on = wanted.get("continue_final_message") or isinstance(wanted.get("prompt"), str)
         choices.append(words if goes_on else [words[0].strip().capitalize(), *words[1:]])
     return Script(choices, cut=bool(limit))
 
@@ -26296,26 +26276,36 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 # FORMS.  A path that generates no text is a row of REPLIES.
 
 
+@dataclasses.dataclass
 class Form:
     """One answer in the form of one API."""
 
+    wanted: Mapping[str, Any]
+    script: Script
+    model: str
+    number: str
+    created: int
+    prompt_tokens: int
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)  # of events
     needed: ClassVar[tuple[str, ...]] = ("messages",)
-    prefix, tail = "chatcmpl", b""
+    prefix, tail = "chatcmpl-", b""
     tool_finish, cut_finish, finish = "tool_calls", "length", "stop"
 
-    def __init__(self, wanted: Mapping[str, Any], script: Script, model: str, id: str,
-                 created: int, prompt_tokens: int) -> None:
-        self.wanted, self.script, self.model = wanted, script, model
-        self.id, self.created, self.prompt_tokens = f"{self.prefix}-{id}", created, prompt_tokens
-        self.call_id = f"call_{id}"
+    @property
+    def id(self) -> str:
+        return self.prefix + self.number
+
+    @property
+    def call_id(self) -> str:
+        return f"call_{self.number}"
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.script.choices))
 
     @property
-    def texts(self) -> list[str]:
-        return ["".join(pieces) for pieces in self.script.choices]
+    def text(self) -> str:
+        return "".join(self.script.choices[0])
 
     @property
     def ending(self) -> str:
@@ -26323,6 +26313,9 @@ class Form:
         if self.script.tool:
             return self.tool_finish
         return self.cut_finish if self.script.cut else self.finish
+
+    def event(self, kind: str, **more: Any) -> Event:
+        return kind, {"type": kind, **more}
 
     def begin(self) -> list[Event]:
         return []
@@ -26342,12 +26335,11 @@ class Form:
 class TextForm(Form):
     """/v1/completions."""
 
-    needed, prefix, kind, tail = ("prompt",), "cmpl", "text_completion", b"data: [DONE]\n\n"
+    needed, prefix, kind, tail = ("prompt",), "cmpl-", "text_completion", b"data: [DONE]\n\n"
 
-    def said(self, i: int, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
-        wanted, echoed = self.wanted, ""
-        if first and wanted.get("echo") and isinstance(wanted.get("prompt"), str):
-            echoed = wanted["prompt"]
+    def said(self, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
+        prompt = self.wanted.get("prompt")
+        echoed = prompt if first and self.wanted.get("echo") and isinstance(prompt, str) else ""
         return {"text": echoed + "".join(pieces)}
 
     def chances(self, pieces: Sequence[str]) -> Any:
@@ -26363,7 +26355,7 @@ class TextForm(Form):
         pieces = self.script.choices[i]
         shown = pieces if n is None else pieces[n : n + 1]
         last = n is None or n == len(pieces) - 1
-        return {"index": i, **self.said(i, shown, n is not None, not n),
+        return {"index": i, **self.said(shown, n is not None, not n),
                 "logprobs": self.chances(shown), "finish_reason": self.ending if last else None,
                 **({"stop_reason": None} if last else {}), "token_ids": None}
 
@@ -26395,7 +26387,7 @@ class TextForm(Form):
 class ChatForm(TextForm):
     """/v1/chat/completions."""
 
-    needed, prefix, kind = ("messages",), "chatcmpl", "chat.completion.chunk"
+    needed, prefix, kind = ("messages",), "chatcmpl-", "chat.completion.chunk"
 
     def chances(self, pieces: Sequence[str]) -> Any:
         if self.wanted.get("logprobs") is not True:
@@ -26404,16 +26396,15 @@ class ChatForm(TextForm):
         tops = self.wanted.get("top_logprobs") or 0
         return {"content": [one | {"top_logprobs": [one] * min(1, tops)} for one in said]}
 
-    def said(self, i: int, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
+    def said(self, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
         text = "".join(pieces)
         if not self.script.tool:
-            role = {} if streams else {"role": "assistant"}
-            more = {} if streams else {"refusal": None, "reasoning": None, "tool_calls": []}
-            return {"delta" if streams else "message": {**role, "content": text, **more}}
-        function: dict[str, Any] = {"arguments": text}
-        call: dict[str, Any] = {"function": function}
+            return {"delta": {"content": text}} if streams else {"message": {
+                "role": "assistant", "content": text, "refusal": None, "reasoning": None,
+                "tool_calls": []}}
+        named = {"name": self.script.tool} if first else {}
+        call = {"function": {"arguments": text, **named}}
         if first:
-            function["name"] = self.script.tool
             call |= {"id": self.call_id, "type": "function"}
         if streams:
             return {"delta": {"tool_calls": [{"index": 0, **call}]}}
@@ -26442,41 +26433,35 @@ class MessagesForm(Form):
         return {"type": "tool_use", "id": self.call_id, "name": self.script.tool, "input": value}
 
     def begin(self) -> list[Event]:
-        return [
-            ("message_start", {"type": "message_start", "message": self.message([], None, 0)}),
-            ("content_block_start", {"type": "content_block_start",
-                                     "content_block": self.block("", {}), "index": 0})]
+        return [self.event("message_start", message=self.message([], None, 0)),
+                self.event("content_block_start", content_block=self.block("", {}), index=0)]
 
     def piece(self, i: int, n: int) -> list[Event]:
         text = self.script.choices[i][n]
         delta = ({"type": "input_json_delta", "partial_json": text} if self.script.tool
                  else {"type": "text_delta", "text": text})
-        return [("content_block_delta",
-                 {"type": "content_block_delta", "delta": delta, "index": 0})]
+        return [self.event("content_block_delta", delta=delta, index=0)]
 
     def end(self) -> list[Event]:
         said = self.message([], self.ending, self.tokens)
         delta = {"stop_reason": self.ending, "stop_sequence": None}
-        return [("content_block_stop", {"type": "content_block_stop", "index": 0}),
-                ("message_delta", {"type": "message_delta", "delta": delta,
-                                   "usage": said["usage"]}),
-                ("message_stop", {"type": "message_stop"})]
+        return [self.event("content_block_stop", index=0),
+                self.event("message_delta", delta=delta, usage=said["usage"]),
+                self.event("message_stop")]
 
     def whole(self) -> Any:
-        text = self.texts[0]
-        value = json.loads(text) if self.script.tool else None
-        return self.message([self.block(text, value)], self.ending, self.tokens)
+        value = json.loads(self.text) if self.script.tool else None
+        return self.message([self.block(self.text, value)], self.ending, self.tokens)
 
 
 class ResponsesForm(Form):
     """/v1/responses."""
 
-    needed, prefix = ("input",), "resp"
+    needed, prefix = ("input",), "resp_"
 
-    def __init__(self, *told: Any) -> None:
-        super().__init__(*told)
-        self.id = self.id.replace("-", "_", 1)
-        self.item_id = self.id.replace("resp", "fc" if self.script.tool else "msg", 1)
+    @property
+    def item_id(self) -> str:
+        return ("fc_" if self.script.tool else "msg_") + self.number
 
     def response(self, status: str) -> dict[str, Any]:
         begun, wanted = status == "in_progress", self.wanted
@@ -26492,7 +26477,7 @@ class ResponsesForm(Form):
             "text", "user")}
         return {"id": self.id, "created_at": self.created, "incomplete_details": reason, **given,
                 "model": self.model, "object": "response",
-                "output": [] if begun else [self.item("completed", self.texts[0])],
+                "output": [] if begun else [self.item("completed", self.text)],
                 "parallel_tool_calls": True, "temperature": wanted.get("temperature", 1.0),
                 "tool_choice": wanted.get("tool_choice", "auto"), "tools": wanted.get("tools", []),
                 "top_p": wanted.get("top_p", 1.0), "background": False, "service_tier": "auto",
@@ -26508,40 +26493,37 @@ class ResponsesForm(Form):
         return {"id": self.item_id, "content": [self.part(text)] if text else [],
                 "role": "assistant", "status": status, "type": "message"}
 
-    def event(self, number: int, kind: str, **more: Any) -> Event:
-        return f"response.{kind}", {**more, "sequence_number": number, "type": f"response.{kind}"}
+    def event(self, kind: str, **more: Any) -> Event:
+        return super().event(f"response.{kind}", sequence_number=next(self.numbers), **more)
+
+    def within(self, kind: str, **more: Any) -> Event:
+        """An event about the answer's only item."""
+        part = {} if self.script.tool else {"content_index": 0}
+        return self.event(kind, item_id=self.item_id, output_index=0, **part, **more)
 
     def begin(self) -> list[Event]:
-        response, at = self.response("in_progress"), {"output_index": 0}
-        events = [self.event(0, "created", response=response),
-                  self.event(1, "in_progress", response=response),
-                  self.event(2, "output_item.added", item=self.item("in_progress", ""), **at)]
+        response, item = self.response("in_progress"), self.item("in_progress", "")
+        events = [self.event("created", response=response),
+                  self.event("in_progress", response=response),
+                  self.event("output_item.added", item=item, output_index=0)]
         if not self.script.tool:
-            events.append(self.event(3, "content_part.added", content_index=0,
-                                     item_id=self.item_id, part=self.part(""), **at))
+            events.append(self.within("content_part.added", part=self.part("")))
         return events
 
     def piece(self, i: int, n: int) -> list[Event]:
-        at = {"item_id": self.item_id, "output_index": 0, "delta": self.script.choices[i][n]}
-        if self.script.tool:
-            return [self.event(3 + n, "function_call_arguments.delta", **at)]
-        return [self.event(4 + n, "output_text.delta", content_index=0, logprobs=[], **at)]
+        text = self.script.choices[i][n]
+        return [self.within("function_call_arguments.delta", delta=text) if self.script.tool else
+                self.within("output_text.delta", delta=text, logprobs=[])]
 
     def end(self) -> list[Event]:
-        text, number = self.texts[0], 4 + self.tokens
-        at: dict[str, Any] = {"item_id": self.item_id, "output_index": 0}
-        if self.script.tool:
-            done = [self.event(number - 1, "function_call_arguments.done", arguments=text,
-                               name=self.script.tool, **at)]
-        else:
-            done = [self.event(number, "output_text.done", content_index=0, logprobs=[], text=text,
-                               **at),
-                    self.event(number + 1, "content_part.done", content_index=0,
-                               part=self.part(text), **at)]
-        number += 2
-        return [*done, self.event(number, "output_item.done", output_index=0,
+        text = self.text
+        done = [self.within("function_call_arguments.done", arguments=text,
+                            name=self.script.tool)] if self.script.tool else [
+            self.within("output_text.done", text=text, logprobs=[]),
+            self.within("content_part.done", part=self.part(text))]
+        return [*done, self.event("output_item.done", output_index=0,
                                   item=self.item("completed", text)),
-                self.event(number + 1, "completed", response=self.response("completed"))]
+                self.event("completed", response=self.response("completed"))]
 
     def whole(self) -> Any:
         return self.response("completed")
@@ -26557,15 +26539,12 @@ def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, 
                       prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
     """The (status, JSON) with which vLLM would refuse a request; None if it would not."""
     form = FORMS.get(head.path)
-    if (wrong := unreadable(head, content, form.needed if form else ())) is not None:
-        return 400, vllm_error("Bad Request", 400, *wrong)
-    status, kind = 404, "NotFoundError"
-    refused: tuple[str, str | None] | None = None
+    if (refused := unreadable(head, content, form.needed if form else ())) is not None:
+        return 400, vllm_error("Bad Request", 400, *refused)
+    status, kind, refused = 400, "BadRequestError", out_of_range(wanted, prompt)
     if (model := wanted.get("model") or models[0]) not in models:
         text = f"The model `{model}` does not exist. Valid aliases: {', '.join(models)}."
-        refused = text, "model"
-    elif (refused := out_of_range(wanted, prompt)) is not None:
-        status, kind = 400, "BadRequestError"
+        status, kind, refused = 404, "NotFoundError", (text, "model")
     if refused is None:
         return None
     if form is MessagesForm:
@@ -26715,7 +26694,7 @@ class SimulatedServer:
         self.cache, self.cached_tokens, self.received_tokens = PrefixCache(), 0, 0
         self.slots = asyncio.Semaphore(kind.capacity)
         self.stored: OrderedDict[str, Any] = OrderedDict()  # the last responses, by id
-        self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._tasks = set[Any]()  # one for each connection
 
     async def __aenter__(self) -> SimulatedServer:
         self._listener = await asyncio.start_server(
@@ -26726,9 +26705,9 @@ class SimulatedServer:
     async def __aexit__(self, *_: object) -> None:
         """Stop as kill -9 would: unfinished answers break off."""
         self._listener.close()
-        for task in filter(None, self._tasks):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*filter(None, self._tasks), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection, one after the other."""
@@ -27064,20 +27043,21 @@ async def simulate_process(args: argparse.Namespace) -> int:
 
 
 def add_simulate_vllm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="the model that it serves")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port (default 8000)")
-    parser.add_argument("--served-model-name", default="", metavar="NAME", help="as another name")
+    add = parser.add_argument
+    add("model", help="the model that it serves")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port (default 8000)")
+    add("--served-model-name", default="", metavar="NAME", help="as another name")
     for name in ("--tensor-parallel-size", "--max-model-len", "--gpu-memory-utilization"):
-        parser.add_argument(name, metavar="N", help="no effect")
-    parser.add_argument("--enable-sleep-mode", action="store_true", help="no effect")
-    parser.add_argument("--max-num-seqs", type=int, metavar="N", default=SIMULATED_KIND.capacity,
-                        help="requests in its batch at a time")
+        add(name, metavar="N", help="no effect")
+    add("--enable-sleep-mode", action="store_true", help="no effect")
+    add("--max-num-seqs", type=int, metavar="N", default=SIMULATED_KIND.capacity,
+        help="requests in its batch at a time")
     for name, default, what in (("--start-s", 0.0, "to get ready"), ("--wake-s", 0.0, "to wake"),
                                 ("--token-s", 0.01, "for each token")):
-        parser.add_argument(name, type=float, default=default, metavar="S", help=f"seconds {what}")
-    parser.add_argument("--fail", default="", metavar="TEXT", help="fail to start, with this text")
-    parser.add_argument("--engine", action="store_true", help="run the engine as another process")
+        add(name, type=float, default=default, metavar="S", help=f"seconds {what}")
+    add("--fail", default="", metavar="TEXT", help="fail to start, with this text")
+    add("--engine", action="store_true", help="run the engine as another process")
 
 
 @command("simulate-vllm", "a process that stands in for `vllm serve`", add_simulate_vllm)
@@ -27104,25 +27084,28 @@ DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(
 REGISTRATION_S = 1.0  # between two registrations of a simulated server
 
 
+async def post_to(balancer: Balancer, path: str, document: Any, timeout_s: float) -> None:
+    """Post JSON to a balancer, whatever it answers."""
+    server = ServerSettings(balancer.core.process.own_url)
+    with contextlib.closing(HttpClient(server)) as client, contextlib.suppress(
+            *UNANSWERED):
+        await client.fetch(path, timeout_s, json.dumps(document).encode())
+
+
 async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
                       pace_s: float = REGISTRATION_S) -> None:
     """Have a simulated server register itself, leave after a while, and come back."""
-    draw, s = random.Random(seed), balancer.core.settings
+    draw = random.Random(seed)
     said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
     while not balancer.port:
         await asyncio.sleep(pace_s / 10)
-    balancer_itself = ServerSettings(own_url(s, s.host, balancer.port))
-    with contextlib.closing(HttpClient(balancer_itself)) as client:
-        async def post(path: str, content: bytes) -> None:
-            with contextlib.suppress(*NO_ANSWER):
-                await client.fetch(f"/workers/{path}", 2.0, content)
-
-        while True:
-            for _ in range(draw.randint(10, 30)):
-                await post("register", json.dumps(said).encode())
-                await asyncio.sleep(pace_s)
-            await post(f"{server.url.partition('://')[2]}/unregister", b"{}")
-            await asyncio.sleep(draw.randint(3, 10) * pace_s)
+    while True:
+        for _ in range(draw.randint(10, 30)):
+            await post_to(balancer, "/workers/register", said, 2.0)
+            await asyncio.sleep(pace_s)
+        leave = f"/workers/{server.url.partition('://')[2]}/unregister"
+        await post_to(balancer, leave, {}, 2.0)
+        await asyncio.sleep(draw.randint(3, 10) * pace_s)
 
 
 MISHAPS = {"fail": "answers 500", "slow": "is five times as slow"}  # by the mode of a server
@@ -27183,20 +27166,13 @@ async def demo_traffic(
     requests: Callable[[], list[dict[str, Any]]],
 ) -> None:
     """Send what `requests` returns, `rate` times per second on average, for ever."""
-    running, s = set[asyncio.Task[None]](), balancer.core.settings
-
-    async def ask(content: bytes) -> None:
-        url = own_url(s, s.host, balancer.port)
-        with contextlib.closing(HttpClient(ServerSettings(url))) as client:
-            with contextlib.suppress(*NO_ANSWER):
-                await client.fetch(path, 120.0, content)
-
+    running = set[asyncio.Task[None]]()
     try:
         while True:
             await asyncio.sleep(draw.expovariate(rate))
             for document in requests() if balancer.port and len(running) < 200 else ():
-                content = json.dumps(document).encode()
-                running.add(task := asyncio.ensure_future(ask(content)))
+                asking = post_to(balancer, path, document, 120.0)
+                running.add(task := asyncio.create_task(asking))
                 task.add_done_callback(running.discard)
     finally:
         for task in running:
@@ -27295,19 +27271,20 @@ DEMO_CONNECTORS = (*CONNECTOR_NAMES, "nixl_push")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
-    parser.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
-    parser.add_argument("--load", type=float, metavar="RATE", help="requests per second of its own"
-                        " (default 2 with the screen, else none; 0: none)")
-    parser.add_argument("--disaggregated", nargs="?", const="nixl", default="", metavar="CONNECTOR",
-                        choices=DEMO_CONNECTORS, help="prompts are read by one half of the servers"
-                        f" and answered by the other: {', '.join(DEMO_CONNECTORS)} (default nixl)")
-    parser.add_argument("--pool", action="store_true",
-                        help="a pool of five models on two simulated GPUs, which they outgrow")
-    parser.add_argument("--discovery", action="store_true",
-                        help="all but the first register themselves, and come and go")
+    add, connectors = parser.add_argument, ", ".join(DEMO_CONNECTORS)
+    add("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
+    add("-p", "--port", default="8888", help="port to listen on (default 8888)")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("-c", "--console", action="store_true", help="log lines, not the screen")
+    add("--load", type=float, metavar="RATE", help="requests per second of its own (default 2 with"
+        " the screen, else none; 0: none)")
+    add("--disaggregated", nargs="?", const="nixl", default="", metavar="CONNECTOR",
+        choices=DEMO_CONNECTORS, help="prompts are read by one half of the servers and answered by"
+        f" the other: {connectors} (default nixl)")
+    add("--pool", action="store_true",
+        help="a pool of five models on two simulated GPUs, which they outgrow")
+    add("--discovery", action="store_true",
+        help="all but the first register themselves, and come and go")
 
 
 @command("demo", "try it in front of simulated servers", add_demo, example="demo")
@@ -27343,6 +27320,11 @@ class Finding(NamedTuple):
 
     text: str
     advice: str
+
+
+def findings_among(*rows: tuple[object, str, str]) -> list[Finding]:
+    """The findings among rows that each say whether it is one, its text and its advice."""
+    return [Finding(text, advice) for is_one, text, advice in rows if is_one]
 
 
 class Examined(NamedTuple):
@@ -27456,15 +27438,14 @@ def load_findings(
     missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
         ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
         ("generation_tokens", load.generation_tokens)) if value is None)
-    uneven = not missing and engines != server.data_parallel_size
-    return [Finding(text, advice) for amiss, text, advice in (
+    return findings_among(
         (missing, f"/metrics lacks {missing}", "start vLLM without --disable-log-stats"),
         (not load.caches, "it has no prefix cache: each turn of a conversation is computed anew",
          "start vLLM with --enable-prefix-caching"),
         (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
-        (uneven, f"it runs {plural(engines, 'engine')}, its data_parallel_size here is"
-         f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
-    ) if amiss]
+        (not missing and engines != server.data_parallel_size,
+         f"it runs {plural(engines, 'engine')}, its data_parallel_size here is"
+         f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"))
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
@@ -27473,9 +27454,10 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
         return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
                         " (health_check_timeout)", "look at its load, or at its log")]
     answered = f"a stream was answered {streamed.status}"
-    if streamed.status in (401, 403):
-        return [Finding(f"its key: {answered}", "give the server its api_key or api_key_file")]
-    return [Finding(answered, "look at its log")] if streamed.status >= 500 else []
+    return findings_among(
+        (streamed.status in (401, 403), f"its key: {answered}",
+         "give the server its api_key or api_key_file"),
+        (streamed.status >= 500, answered, "look at its log"))
 
 
 def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
@@ -27492,103 +27474,101 @@ def came_at_once(streamed: Streamed | None) -> bool:
 
 def buffered_findings(streamed: Streamed | None) -> list[Finding]:
     """Findings about an idle server's second stream, after its first came all at once."""
-    if streamed is None or not came_at_once(streamed):
-        return []
-    return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
-                    "turn response buffering off in what stands before the server (nginx:"
-                    " proxy_buffering off)")]
+    return findings_among((
+        came_at_once(streamed),
+        f"{streamed and streamed.events} tokens came at once: streams are buffered on the way",
+        "turn response buffering off in what stands before the server (nginx: proxy_buffering"
+        " off)"))
 
 
 def secret_files(path: str, s: Settings) -> list[str]:
     """The files that hold keys, among the settings file at `path` and the files that it names."""
     servers = (*s.servers, *s.patterns)
-    entries = (s, *servers, *s.keys)
+    entries: tuple[Any, ...] = (s, *servers, *s.keys)
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
-    files = [key.key_file for key in s.keys] + [s.tls_key]
-    files += [s.registration_key_file, s.registered_api_key_file]
-    files += [name for one in servers for name in (one.api_key_file, one.client_cert)]
-    files += [name for one in s.kubernetes for name in (one.kubeconfig, one.token_file)]
+    naming: tuple[tuple[Sequence[object], str], ...] = (
+        (s.keys, "key_file"), ([s], "tls_key registration_key_file registered_api_key_file"),
+        (servers, "api_key_file client_cert"), (s.kubernetes, "kubeconfig token_file"))
+    files = (getattr(one, key) for ones, keys in naming for one in ones for key in keys.split())
     return own + list(dict.fromkeys(filter(None, files)))
 
 
 def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
     """Findings about files that hold keys, from their modes."""
-    return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
-                    f"chmod o-rwx {path}")
-            for path, mode in modes.items() if mode & stat.S_IRWXO]
+    return findings_among(*(
+        (mode & stat.S_IRWXO, f"{path} holds a key and is open to others (mode"
+         f" {stat.S_IMODE(mode):04o})", f"chmod o-rwx {path}") for path, mode in modes.items()))
 
 
 def folder_findings(s: Settings) -> list[Finding]:
     """Findings about the folders that log_dir and state_file need: the first is made if missing."""
-    log_dir = os.path.abspath(s.log_dir) if s.log_dir else ""
-    above = log_dir
+    above = os.path.abspath(s.log_dir) if s.log_dir else ""
     while above and not os.path.lexists(above):
         above = os.path.dirname(above)
+    is_folder = os.path.isdir(above)
+    logs, state = f"log_dir = {s.log_dir}: {above} is", f"state_file = {s.state_file}"
     beside = os.path.dirname(os.path.abspath(s.state_file)) if s.state_file else ""
-    return [Finding(text, advice) for amiss, text, advice in (
-        (above and not os.path.isdir(above),
-         f"log_dir = {s.log_dir}: {above} is no directory: no log files are written",
+    lost = "a successor will not know the models that run"
+    return findings_among(
+        (above and not is_folder, f"{logs} no directory: no log files are written",
          'name another, or none: log_dir = ""'),
-        (os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK),
-         f"log_dir = {s.log_dir}: {above} is not writable: no log files are written",
+        (is_folder and not os.access(above, os.W_OK | os.X_OK),
+         f"{logs} not writable: no log files are written",
          'let us write there, or name another, or none: log_dir = ""'),
-        (beside and not os.path.isdir(beside),
-         f"state_file = {s.state_file}: there is no directory {beside}: a successor"
-         " will not know the models that run", "make that directory, or name another"),
-        (os.path.isdir(s.state_file), f"state_file = {s.state_file} is a"
-         " directory: a successor will not know the models that run", "name a file in it"),
-    ) if amiss]
+        (beside and not os.path.isdir(beside), f"{state}: there is no directory {beside}: {lost}",
+         "make that directory, or name another"),
+        (os.path.isdir(s.state_file), f"{state} is a directory: {lost}", "name a file in it"))
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
     """Findings about the settings, and about this machine, whose file descriptors are enough for
     `clients`."""
-    findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
-    if clients < 0.9 * s.max_connections:
-        findings.append(Finding(
-            f"file descriptors are enough for {clients} clients, max_connections is"
-            f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
-    if {server.weight for server in (*s.servers, *s.patterns)} - {0.0, 1.0}:
-        findings += [Finding(
-            f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
-            " is named after", "choose unified, or give other max_concurrent_requests")
-            for name in unweighed(s)]
-    findings += [Finding(text, advice) for amiss, text, advice in (
+    needed, servers = 2 * s.max_connections + SPARE_DESCRIPTORS, (*s.servers, *s.patterns)
+    drawn, roles = ({getattr(one, key) for one in servers} for key in ("pool", "role"))
+    others = {*s.registration_networks} - {*LOOPBACK}
+    keyed = s.registration_key or s.registration_key_file
+    secrets = Secrets(s).keys
+    return findings_among(
+        (clients < 0.9 * s.max_connections,
+         f"file descriptors are enough for {clients} clients, max_connections is"
+         f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"),
+        *(({server.weight for server in servers} - {0.0, 1.0},
+           f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
+           " is named after", "choose unified, or give other max_concurrent_requests")
+          for name in unweighed(s)),
         (s.registration_address, zmq_open_line(s), "keep registration_networks narrow"),
-        (not (s.registration_key or s.registration_key_file or s.keys)
-         and {*s.registration_networks} - {*LOOPBACK},
+        (others and not (keyed or s.keys),
          "registration_networks names others, which cannot register over HTTP without a key",
          "set registration_key or registration_key_file"),
-    ) if amiss]
+        *((a == b, f"keys {one.name} and {other.name} have the same secret, and only the first is"
+           " found: no effect", "give each its own")
+          for (one, a), (other, b) in itertools.combinations(secrets, 2)),
+        *((name not in drawn, f"[pools] {name} has no server: no effect",
+           f'give servers pool = "{name}"') for name in s.pools),
+        (s.disaggregation and roles <= {"both"}
+         and not (s.kubernetes or keyed or s.registration_address or others),
+         "[[disaggregation]] has no server with a role: no effect",
+         'give servers role = "prefill" or "decode"'),
+        *name_rows(s, examined))
+
+
+def name_rows(s: Settings, examined: Sequence[Examined]) -> Iterator[tuple[object, str, str]]:
+    """Rows about names of models in the settings, if all servers have told theirs."""
+    if not all(one.models is not None for one in examined):
+        return
     known = {name for one in examined for name in one.models or ()}
     known |= {name for one in s.models for name in (one.alias, one.served)}
-    drawn, roles = ({getattr(one, key) for one in (*s.servers, *s.patterns)}
-                    for key in ("pool", "role"))
-    joining = s.kubernetes or s.registration_key or s.registration_key_file or (
-        s.registration_address or {*s.registration_networks} - {*LOOPBACK})
-    secrets = Secrets(s).keys
-    same = [(one.name, other.name) for n, (one, a) in enumerate(secrets)
-            for other, b in secrets[n + 1 :] if a == b]
-    told = known if all(one.models is not None for one in examined) and examined else None
-    unknown = [(f"[policies] {shown(model)}", model) for model in s.policies]
-    unknown += [(f"models of key {key.name}: {shown(m)}", m) for key in s.keys for m in key.models]
-    findings += [Finding(f"{what}: no effect", advice) for what, advice in (
-        *((f"keys {a} and {b} have the same secret, and only the first is found",
-           "give each its own") for a, b in same),
-        *((f"[pools] {name} has no server", f'give servers pool = "{name}"')
-          for name in s.pools if name not in drawn),
-        *([("[[disaggregation]] has no server with a role",
-            'give servers role = "prefill" or "decode"')]
-          if s.disaggregation and not joining and roles <= {"both"} else ()),
-        *((f"{what} is no model of any server", "name one that they list")
-          for what, model in unknown if told is not None and model not in {*told, *s.aliases}))]
-    if all(one.models is not None for one in examined):
-        named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
-        named += [("default_model is", s.default_model)] if s.default_model else []
-        advice = f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"
-        findings += [Finding(f"{what} {shown(model)}, which no server has", advice)
-                     for what, model in named if model not in known | s.aliases.keys()]
-    return findings
+    limited = [(f"[policies] {shown(model)}", model) for model in s.policies]
+    limited += [(f"models of key {key.name}: {shown(m)}", m) for key in s.keys for m in key.models]
+    for what, model in limited if examined else ():
+        yield (model not in {*known, *s.aliases},
+               f"{what} is no model of any server: no effect", "name one that they list")
+    named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
+    named += [("default_model is", s.default_model)] if s.default_model else []
+    advice = f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"
+    for what, model in named:
+        yield (model not in known | s.aliases.keys(),
+               f"{what} {shown(model)}, which no server has", advice)
 
 
 def model_findings(
@@ -27606,13 +27586,12 @@ def model_findings(
     gone = [n for n in names if n.startswith(("/", ".", "~")) and not os.path.exists(n)]
     here = HostView("this machine", tuple(one.total_gb for one in devices))
     place = find_place(model, [here], (), {})
-    return [Finding(text, advice) for amiss, text, advice in (
+    return findings_among(
         (shutil.which(program, path=path) is None, f"its program {program} is not found",
          "give its command, with the program's path"),
         (gone, f"there is no {', '.join(gone)}", "name a path as it is on this machine"),
         (isinstance(place, str), f"it never fits: {place}",
-         "lower gpu_memory_gb, or gpu_memory_utilization, or tensor_parallel_size"),
-    ) if amiss]
+         "lower gpu_memory_gb, or gpu_memory_utilization, or tensor_parallel_size"))
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
@@ -27746,7 +27725,7 @@ class Trial:
         self.connector, self.findings = CONNECTORS[pair.terms.kv_connector], list[Finding]()
         self.reader, self.writer = pair.prefill.view, pair.decode.view
 
-    def amiss(self, text: str, advice: str = "") -> None:
+    def failed(self, text: str, advice: str = "") -> None:
         self.findings.append(Finding(text, advice or CONNECTOR_ADVICE[self.connector.name]))
 
     def prompt(self) -> bytes:
@@ -27788,8 +27767,8 @@ class Trial:
         if self.connector.asks:
             learned = await ask_bootstrap(self.reader.settings, port)
             if learned.fault is not None:
-                self.amiss(learned.text, "set bootstrap_port to its VLLM_MOONCAKE_BOOTSTRAP_PORT"
-                                         f" (default {MOONCAKE_PORT}), and let it through")
+                self.failed(learned.text, "set bootstrap_port to its VLLM_MOONCAKE_BOOTSTRAP_PORT"
+                            f" (default {MOONCAKE_PORT}), and let it through")
                 return "not tried"
             identity = learned.more
         said = await self.attempt(identity)
@@ -27819,9 +27798,9 @@ class Trial:
         """Check that the first leg succeeded and kept blocks.  Returns its answer."""
         name, handle = self.reader.name, handle_in(said)
         if status != 200:
-            self.amiss(f"{name} did not read a prompt: {answer_words(status, said)}")
+            self.failed(f"{name} did not read a prompt: {answer_words(status, said)}")
         elif self.connector.passes_handles and not handle:
-            self.amiss(f"{name} kept no blocks: its answer has no kv_transfer_params")
+            self.failed(f"{name} kept no blocks: its answer has no kv_transfer_params")
         elif handle:
             params = document_of(handle)
             await self.reach(params.get("remote_host"), params.get("remote_port"))
@@ -27843,26 +27822,26 @@ class Trial:
                 known = isinstance(error, OSError) and error_text(error)
                 why = f"cannot be reached from here: {known or 'no answer'}"
         if why:
-            self.amiss(f"the side channel of {self.reader.name}, {host}:{port}, {why}",
-                       "set VLLM_NIXL_SIDE_CHANNEL_HOST there to an address that decode servers"
-                       " reach, and let VLLM_NIXL_SIDE_CHANNEL_PORT through")
+            self.failed(f"the side channel of {self.reader.name}, {host}:{port}, {why}",
+                        "set VLLM_NIXL_SIDE_CHANNEL_HOST there to an address that decode servers"
+                        " reach, and let VLLM_NIXL_SIDE_CHANNEL_PORT through")
 
     async def judge(self, status: int, said: bytes, content: bytes, before: float | None) -> None:
         """Check that the answer is good, and that the blocks of the other server were used."""
         reader, writer = self.reader.name, self.writer.name
         if status != 200:
-            return self.amiss(f"{writer} did not answer a prompt that {reader} has read:"
-                              f" {answer_words(status, said)}")
+            return self.failed(f"{writer} did not answer a prompt that {reader} has read:"
+                               f" {answer_words(status, said)}")
         cached, after = cached_tokens_of(document_of(said)), await self.received()
         if not cached and after == before and (cached, after) != (None, None):
-            return self.amiss(f"{writer} used no blocks of {reader}: it read the prompt itself")
+            return self.failed(f"{writer} used no blocks of {reader}: it read the prompt itself")
         if self.connector.paired_by_id:  # nothing tells a server to read by itself
             return None
         plain = await self.ask(self.reader, TRIAL_PATH, content)
         texts = [text_in(one) for one in (plain[1], said)]
         if plain[0] == 200 and texts[0] != texts[1]:
-            self.amiss(f"{writer} answers {texts[1]!r}, {reader} by itself {texts[0]!r}",
-                       "give both the same weights, dtype and quantization")
+            self.failed(f"{writer} answers {texts[1]!r}, {reader} by itself {texts[0]!r}",
+                        "give both the same weights, dtype and quantization")
 
 
 def text_in(said: bytes) -> str:

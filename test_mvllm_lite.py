@@ -21764,10 +21764,15 @@ def test_bad_lines_are_named_with_what_was_expected(lines, message):
     assert str(raised.value).startswith(message)
 
 
-def test_a_trace_can_be_made_faster_and_shorter():
-    arrivals = [Arrival(at_s, 1, 1) for at_s in (0.0, 2.0, 4.0)]
-    assert [a.at_s for a in lite.adapted(arrivals, 2, 2)] == [0.0, 1.0]
-    assert [a.at_s for a in lite.adapted(arrivals, 0.5, None)] == [0.0, 4.0, 8.0]
+@pytest.mark.parametrize("flags, told", table(
+    ("as it is", "", "3 requests in 4 s"),
+    ("faster and shorter", "--speed 2 --limit 2", "2 requests in 1 s"),
+    ("slower", "--speed 0.5", "3 requests in 8 s")))
+def test_a_trace_can_be_made_faster_and_shorter(flags, told, tmp_path, capsys):
+    (trace := tmp_path / "azure.csv").write_text("\n".join([AZURE, *(
+        f"2023-11-16 18:15:{at_s},3,4" for at_s in (10, 12, 14))]))
+    assert lite.main(["replay", str(trace), *flags.split()]) == 0
+    assert f"{trace}: {told}" in capsys.readouterr().out
 
 
 # The engine.
