@@ -10193,11 +10193,12 @@ async def test_a_timeout_that_is_only_late_because_the_process_stood_still_is_no
 
 @asynchronous
 async def test_when_our_own_descriptors_run_out_no_server_is_blamed():
-    async with balancing(Server()) as running:
+    async with balancing(server := Server()) as running:
         client = await running.client()
         for pool in running.core.pools.by_server.values():
             pool.close()
-        await client.get("/liveness")  # time for closing them
+        await eventually(lambda: not server.open, "the server sees its connections closed")
+        await client.get("/liveness")  # in which it closes its ends
         with all_descriptors_taken():
             got = await client.post()
             assert (got.status, got.get("x-mvllm-error")) == (503, "no_resources")
