@@ -6450,7 +6450,10 @@ def test_a_burst_fills_a_fleet_by_size_or_by_speed(policy, tokens, expected):
     for view in fleet.views():
         view.pace.step_s = 0.01 if tokens else 0.64 / view.capacity
     taken = burst(fleet, 160, policy, tokens=tokens)
-    assert [taken[f"s{n}"] for n in range(4)] == pytest.approx(expected, abs=9)
+    shares = [taken[f"s{n}"] for n in range(4)]
+    if tokens:  # the servers are alike: the draw says which of them gets most
+        shares.sort(reverse=True)
+    assert shares == pytest.approx(expected, abs=9)
 
 
 def test_a_server_that_has_come_back_gets_little_of_a_burst():
