@@ -10239,7 +10239,7 @@ class Wire(asyncio.BufferedProtocol):
             self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self.side is Blame.SERVER:
+        if self.backlog is None:  # of a server; to look at `side` would take longer
             return self.at_once
         return RECEIVED[: max(1, self.wanted + self.most - len(self.buffer))]
 
@@ -11165,7 +11165,8 @@ class Pump:
                 out = content
         elif out:  # the keeper holds it back, or it was shown before
             self.moved_at, out = now, b""
-        if len(data) - len(content) > TINY_CHUNKS_BYTES:  # smaller reads let other tasks run
+        if not decoder.verbatim and len(data) - len(content) > TINY_CHUNKS_BYTES:
+            # Smaller reads let other tasks run.
             wire.at_once = RECEIVED[:TINY_CHUNKS_BYTES]
         wire.deadline = now + self._look_s
         if broke:
