@@ -16041,19 +16041,18 @@ def first_family(
 
 def at_addresses(entry: DnsSettings, addresses: Iterable[str]) -> dict[str, ServerSettings]:
     """The servers an entry stands for, by id."""
-    ids = {f"{entry.dns}@{address}": address for address in addresses}
     return {id: dataclasses.replace(entry.server, id=id, name=id, address=address, like=entry.dns)
-            for id, address in ids.items()}
+            for address in addresses for id in (f"{entry.dns}@{address}",)}
 
 
-async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
+def in_thread(work: Callable[..., Result], *about: Any) -> asyncio.Future[Result]:
     """The future result of work done in a daemon thread, which cannot hold up the process's end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
     def run() -> None:
         try:
-            settle = functools.partial(done.set_result, work())
+            settle = functools.partial(done.set_result, work(*about))
         except Exception as error:  # whatever it is, whoever awaits the result must learn of it
             settle = functools.partial(done.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
@@ -16097,8 +16096,7 @@ class NameFollower:
         while True:
             begun = loop_time()
             async with self._lookups:
-                lookup = await in_thread(
-                    functools.partial(first_family, self._resolve, host, families))
+                lookup = in_thread(first_family, self._resolve, host, families)
                 await asyncio.wait((lookup,), timeout=LOOKUP_LIMIT_S)
                 failing = self.note(host, lookup, failing)
                 await asyncio.wait((lookup,))
@@ -16108,7 +16106,7 @@ class NameFollower:
             await asyncio.sleep(max(0.0, begun + refresh_s - loop_time()))
 
     def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
-        """Count a lookup and log when failing begins and ends.  Returns whether it has failed."""
+        """Count a lookup, and say when failing begins and ends.  Returns whether it has failed."""
         why = f"no answer within {LOOKUP_LIMIT_S:g} s"
         if lookup.done():
             why = error_text(error) if (error := lookup.exception()) else ""
@@ -16120,7 +16118,6 @@ class NameFollower:
         return bool(why)
 
     def found(self, entry: DnsSettings, _: object, now: tuple[str, ...]) -> None:
-        """An entry's name has these addresses now."""
         before, self._found[entry.dns] = self._found[entry.dns], now
         if before != now:
             log.info("%s is now at %s: %s", entry.dns, plural(len(now), "place"), ", ".join(
@@ -16137,7 +16134,7 @@ class NameFollower:
     def moved(
         self, servers: Sequence[ServerSettings], before: tuple[str, ...], now: tuple[str, ...]
     ) -> None:
-        """The name in these servers' URLs has other addresses now."""
+        """The name in these servers' URLs has the addresses `now`."""
         if before:
             log.info("%s: its name has moved to %s", servers[0].name, ", ".join(now))
             for server in servers:
@@ -16149,8 +16146,8 @@ async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list
     servers, lines = list[ServerSettings](), list[str]()
     for entry in wanted.entries:
         try:
-            found = await (await in_thread(functools.partial(
-                first_family, look_up, host_of(entry.dns), FAMILIES[entry.family])))
+            found = await in_thread(
+                first_family, look_up, host_of(entry.dns), FAMILIES[entry.family])
             servers += at_addresses(entry, found).values()
         except (OSError, UnicodeError) as error:
             lines.append(
@@ -16193,6 +16190,14 @@ class Pod(NamedTuple):
     annotations: tuple[tuple[str, str], ...] = ()  # those meant for us
 
 
+def document_of(content: bytes) -> dict[str, Any]:
+    """The content as a JSON object, {} if it is anything else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(content), dict):
+            return found
+    return {}
+
+
 def member_at(document: Any, *path: str) -> Any:
     """The member of a JSON document at that path; None if there is none."""
     for key in path:
@@ -16223,8 +16228,16 @@ def address_trouble(address: str) -> str:
         found = ipaddress.ip_address(address)
     except ValueError:
         return f"{shown(address)} is not an IP address" if address else "it has no address yet"
-    foreign = found.is_link_local or found.is_multicast or found.is_unspecified
-    return f"no server is at {found}" if foreign else ""
+    return f"no server is at {found}" if is_nobodys(found) else ""
+
+
+def is_nobodys(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_link_local or address.is_multicast or address.is_unspecified
+
+
+def in_url(host: str) -> str:
+    """A host as URLs have it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def name_of(document: Any) -> str:
@@ -16236,11 +16249,9 @@ def uid_of(document: Any) -> str:
     return string_at(document, "metadata", "uid") or name_of(document)
 
 
-def first_reason(leaving: bool, address: str, *others: tuple[Any, str]) -> str:
-    """The first reason that holds for not using a pod, or ''."""
-    bad = address_trouble(address)
-    rows = (leaving, "it is being deleted"), *others[:1], (bad, bad), *others[1:]
-    return next((why for amiss, why in rows if amiss), "")
+def first_reason(leaving: bool, *reasons: str) -> str:
+    """The first reason for not using a pod, or ''."""
+    return next(filter(None, ("it is being deleted" * leaving, *reasons)), "")
 
 
 def read_pod(pod: Any) -> tuple[Pod, ...]:
@@ -16255,9 +16266,9 @@ def read_pod(pod: Any) -> tuple[Pod, ...]:
     leaving = member_at(pod, "metadata", "deletionTimestamp") is not None
     worker = string_at(pod, "metadata", "labels", WORKER_LABEL) or "0"
     why_not = first_reason(
-        leaving, address, (phase != "Running", f"its phase is {shown(phase)}"),
-        (worker != "0", f"it is worker {shown(worker)} of a group: only 0 answers"),
-        (ready.get("status") != "True", "it is not ready" + (said and f": {shown(said, 200)}")))
+        leaving, f"its phase is {shown(phase)}" * (phase != "Running"), address_trouble(address),
+        f"it is worker {shown(worker)} of a group: only 0 answers" * (worker != "0"),
+        ("it is not ready" + (said and f": {shown(said, 200)}")) * (ready.get("status") != "True"))
     sidecars = [one for one in objects_at(pod, "spec", "initContainers")
                 if one.get("restartPolicy") == "Always"]
     ports = [port for one in objects_at(pod, "spec", "containers") + sidecars
@@ -16280,8 +16291,9 @@ def read_slice(one: Any) -> tuple[Pod, ...]:
         address = address if isinstance(address, str) else ""
         leaving = member_at(endpoint, "conditions", "terminating") is True
         why_not = first_reason(
-            leaving, address, (kind == "FQDN", "its address is a name: give it to dns"),
-            (member_at(endpoint, "conditions", "ready") is False, "it is not ready"))
+            leaving, "its address is a name: give it to dns" * (kind == "FQDN"),
+            address_trouble(address),
+            "it is not ready" * (member_at(endpoint, "conditions", "ready") is False))
         name = f"{namespace}/{string_at(endpoint, 'targetRef', 'name') or address}"
         found.append(Pod(string_at(endpoint, "targetRef", "uid") or name, name, address, why_not,
                          leaving, tuple(ports), ports[0][1] if ports else 0))
@@ -16349,11 +16361,10 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
     missing = [str(port or "at all") for port, number in zip(wanted, numbers) if not number]
     if why_not := one.why_not or missing and f"it has no port {', '.join(missing)}":
         return Offer({}, why_not, warnings)
-    host = f"[{one.address}]" if ":" in one.address else one.address
     default, servers = what.table.server, dict[str, ServerSettings]()
     default = dataclasses.replace(default, like=default.id, **{"role": what.role, **values})
     for number in dict.fromkeys(numbers):
-        id, url = f"{one.uid}:{number}", f"{what.table.scheme}://{host}:{number}"
+        id, url = f"{one.uid}:{number}", f"{what.table.scheme}://{in_url(one.address)}:{number}"
         name = f"{one.name}:{number}" if len(numbers) > 1 else one.name
         servers[id] = dataclasses.replace(default, id=id, name=name, url=url)
     return Offer(servers, "", warnings)
@@ -16381,22 +16392,18 @@ def read_annotations(
 
 
 def offers_of(
-    pods: Iterable[Pod], what: Watched, pools: Collection[str],
-    before: Mapping[Pod, Offer],
+    pods: Iterable[Pod], what: Watched, pools: Collection[str], before: Mapping[Pod, Offer]
 ) -> dict[Pod, Offer]:
     """What each pod of a watch offers; an unchanged pod keeps its offer of `before`.  A pod in
     several slices counts once, and leaves as soon as one of them says so."""
+
+    def rank(one: Pod) -> tuple[bool, ...]:
+        return one.leaving, not one.why_not, ":" not in one.address
+
     best = dict[str, Pod]()
     for one in pods:
-        known = best.get(one.uid)
-        if known is None or pod_rank(one) > pod_rank(known):
-            best[one.uid] = one
+        best[one.uid] = max(best.get(one.uid, one), one, key=rank)
     return {one: before.get(one) or offer_of(one, what, pools) for one in best.values()}
-
-
-def pod_rank(one: Pod) -> tuple[bool, bool, bool]:
-    """Of two accounts of the same pod, the one with the higher rank is believed."""
-    return one.leaving, not one.why_not, ":" not in one.address
 
 
 def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSettings]:
@@ -16436,7 +16443,7 @@ class ApiFailure(NamedTuple):
 
 
 class Listing:
-    """The objects of one watch: a list, and every change since."""
+    """The objects of one watch: a list, and every change since; and how it gets on with its API."""
 
     def __init__(self, what: Watched) -> None:
         self.what = what
@@ -16444,6 +16451,11 @@ class Listing:
         self.version = ""  # the resourceVersion reached so far
         self.complete = False  # listed, and so ready to be watched
         self.lists = 0  # completed ones
+        self.contact_at = -INFINITY  # when the API last gave a good answer
+        self.trouble = ""  # why it gives none now
+        self.failures = 0  # in a row
+        self.errors: dict[str, int] = {}  # by status
+        self._failed_verb = ""  # the one that failed last
         self._pages: dict[str, tuple[Pod, ...]] = {}  # of the list under way
         self._continue = ""
 
@@ -16492,40 +16504,27 @@ class Listing:
         self.version = string_at(one, "metadata", "resourceVersion") or self.version
         return None
 
-    def refused(self, failure: ApiFailure, failures: int) -> None:
-        """List anew where the API can no longer go on from the version reached.  Known objects
-        stay until the new list is complete."""
-        stuck = self.complete and failure.status in (404, 500, 504) and failures % 3 == 0
-        if stuck or failure.status in (400, GONE):
-            self.complete, self._pages, self._continue = False, {}, ""
-
-
-class Standing:
-    """How well a watch gets on with its API."""
-
-    def __init__(self) -> None:
-        self.contact_at = -INFINITY  # when the API last gave a good answer
-        self.trouble = ""  # why it gives none now
-        self.failures = 0  # in a row
-        self.errors: dict[str, int] = {}  # by status
-        self._verb = ""  # the one that failed last
-
     def answered(self, verb: str, now: float, proven: bool = True) -> None:
         """The API does as asked; `proven` once something came of it.  A list that works does not
         clear the trouble of a watch that was refused."""
         self.contact_at = now
-        if verb == "watch" or self._verb != "watch":
+        if verb == "watch" or self._failed_verb != "watch":
             self.trouble = ""
             if proven:
                 self.failures = 0
 
-    def failed(self, verb: str, failure: ApiFailure, draw: random.Random) -> float:
-        """Note a failure.  Returns the pause before the next question, in seconds."""
-        self.failures, self._verb = self.failures + 1, verb
+    def failed(self, failure: ApiFailure, draw: random.Random) -> float:
+        """Note a failure, and list anew where the API can no longer go on from the version reached;
+        known objects stay until the new list is complete.  Returns the pause before the next
+        question, in seconds."""
+        self.failures, self._failed_verb = self.failures + 1, self.verb
         label = str(failure.status or "no answer")
         self.errors[label] = self.errors.get(label, 0) + 1
         if not (failure.status == GONE and self.failures == 1):  # a single 410 is routine
             self.trouble = failure.text
+        stuck = self.complete and failure.status in (404, 500, 504) and self.failures % 3 == 0
+        if stuck or failure.status in (400, GONE):
+            self.complete, self._pages, self._continue = False, {}, ""
         return pause_s(failure, self.failures, draw)
 
 
@@ -16560,15 +16559,15 @@ def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: s
 
 
 def watch_report(
-    listing: Listing, standing: Standing, offers: Mapping[Pod, Offer], now: float
+    listing: Listing, offers: Mapping[Pod, Offer], now: float
 ) -> dict[str, Any]:
     """What is shown of a watch."""
     unused = [(pod.name, offer.why_not) for pod, offer in offers.items() if offer.why_not]
-    contact_s = None if standing.contact_at == -INFINITY else round(now - standing.contact_at, 1)
+    contact_s = None if listing.contact_at == -INFINITY else round(now - listing.contact_at, 1)
     return {
         "watch": listing.what.name, "state": f"{listing.verb}ing",
-        "trouble": standing.trouble, "since_contact_s": contact_s, "lists": listing.lists,
-        "errors": sum(standing.errors.values()), "pods": len(offers),
+        "trouble": listing.trouble, "since_contact_s": contact_s, "lists": listing.lists,
+        "errors": sum(listing.errors.values()), "pods": len(offers),
         "servers": sum(len(offer.servers) for offer in offers.values()),
         "not_used": dict(sorted(unused)[:NAMES_LIMIT]),
     }
@@ -16697,8 +16696,8 @@ def cluster_of(
         text = "not in a pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_server"
         raise SettingsError([Complaint("[[kubernetes]]", 0, "", text)])
     return with_files(Cluster(
-        f"https://{f'[{host}]' if ':' in host else host}:{port or 443}",
-        token_file=f"{account}/token", ca_file=f"{account}/ca.crt"))
+        f"https://{in_url(host)}:{port or 443}", token_file=f"{account}/token",
+        ca_file=f"{account}/ca.crt"))
 
 
 def with_files(cluster: Cluster) -> Cluster:
@@ -16761,7 +16760,6 @@ class Watch:
         environ: Mapping[str, str] = os.environ, before: Watch | None = None,
     ) -> None:
         self.listing: Listing = before.listing if before else Listing(what)
-        self.standing: Standing = before.standing if before else Standing()
         self._pools, self._changed, self._environ = pools, changed, environ
         self.offers = offers_of(self.listing.pods(), what, pools, {})
         self._draw = random.Random()
@@ -16771,9 +16769,8 @@ class Watch:
         """List and watch for ever, with a pause after each failure."""
         try:
             while True:
-                verb = self.listing.verb
                 if (failure := await self.step()) is not None:
-                    await self.rest(verb, failure)
+                    await self.rest(failure)
         finally:
             self.close()
 
@@ -16787,7 +16784,8 @@ class Watch:
                 return await self._watch(api, path, timeout_s)
             api.limit_bytes = PAGE_LIMIT_BYTES
             status, content = await api.fetch(path, timeout_s)
-            failure = self._failure_of(api, content) or self.listing.take_page(parsed(content))
+            failure = self._failure_of(api, content) or self.listing.take_page(
+                document_of(content))
             if failure is None:
                 self._note("list")
             return failure
@@ -16808,17 +16806,17 @@ class Watch:
 
     def _answered(self) -> None:
         """A good answer has begun.  That is news by itself: a watch may then be silent for long."""
-        standing, was = self.standing, self.standing.trouble
-        standing.answered(self.listing.verb, loop_time(), proven=False)
-        if was and not standing.trouble:
-            log.info("kubernetes: %s: the API answers again", self.listing.what.name)
+        listing, was = self.listing, self.listing.trouble
+        listing.answered(listing.verb, loop_time(), proven=False)
+        if was and not listing.trouble:
+            log.info("kubernetes: %s: the API answers again", listing.what.name)
 
     def _failure_of(self, api: ApiServer, content: bytes) -> ApiFailure | None:
         head, listing = api.head, self.listing
         if head is None or head.status == 200:
             return None
-        return api_failure(listing.what, listing.verb, head.status, parsed(content),
-                          head.fields.get("retry-after"))
+        return api_failure(listing.what, listing.verb, head.status, document_of(content),
+                           head.fields.get("retry-after"))
 
     async def _watch(self, api: ApiServer, path: str, timeout_s: float) -> ApiFailure | None:
         """Take changes until the stream ends, which is no failure.  Raises what `ask` raises if
@@ -16831,7 +16829,7 @@ class Watch:
             if api.head is not None and api.head.status != 200:
                 content.extend(piece)
                 return
-            said = [listing.take_event(parsed(line)) for line in lines.feed(piece)]
+            said = [listing.take_event(document_of(line)) for line in lines.feed(piece)]
             failures.extend(filter(None, said))
             self._note("watch", proven=not failures and bool(said))
             if failures:  # nothing after it can be used
@@ -16851,42 +16849,32 @@ class Watch:
 
     def _note(self, verb: str, proven: bool = True) -> None:
         """A page or an event was taken."""
-        what, listing = self.listing.what, self.listing
-        self.standing.answered(verb, loop_time(), proven)
+        listing, known = self.listing, self.offers
+        listing.answered(verb, loop_time(), proven)
         if not listing.lists:  # an incomplete list does not tell what is gone
             return
-        known = self.offers
-        self.offers = offers_of(listing.pods(), what, self._pools, known)
+        self.offers = offers_of(listing.pods(), listing.what, self._pools, known)
         if self.offers != known or listing.lists == 1:
             said = {warning for offer in known.values() for warning in offer.warnings}
             now = [warning for offer in self.offers.values() for warning in offer.warnings]
             self._changed([warning for warning in now if warning not in said])
 
-    async def rest(self, verb: str, failure: ApiFailure) -> None:
+    async def rest(self, failure: ApiFailure) -> None:
         """Wait after a failure: for a pause, or until the credentials change."""
-        standing = self.standing
-        was, used = standing.trouble, self._api and self._api.cluster
-        deadline = loop_time() + standing.failed(verb, failure, self._draw)
-        self.listing.refused(failure, standing.failures)
-        if standing.trouble not in ("", was):
-            log.warning("kubernetes: %s: %s; its servers stay as they are",
-                        self.listing.what.name, failure.text)
+        listing, what = self.listing, self.listing.what
+        was, used = listing.trouble, self._api and self._api.cluster
+        deadline = loop_time() + listing.failed(failure, self._draw)
+        if listing.trouble not in ("", was):
+            log.warning("kubernetes: %s: %s; its servers stay as they are", what.name, failure.text)
         while (left_s := deadline - loop_time()) > 0:
             await asyncio.sleep(min(left_s, CREDENTIALS_S))
             with contextlib.suppress(SettingsError):
-                if cluster_of(self.listing.what.table, self._environ) != used:
+                if cluster_of(what.table, self._environ) != used:
                     return
 
     def close(self) -> None:
         if self._api is not None:
             self._api.close()
-
-
-def parsed(content: bytes) -> Any:
-    """A JSON document; None if it is not JSON."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(content)
-    return None
 
 
 class Watches:
@@ -16903,10 +16891,9 @@ class Watches:
             for table in wanted.tables for what in watches_of(table)]
 
     def __str__(self) -> str:
-        """Its state in one line, for people."""
         servers = sum(len(offer.servers) for one in self.all for offer in one.offers.values())
-        troubles = [f"{one.listing.what.name}: {one.standing.trouble}" for one in self.all
-                    if one.standing.trouble]
+        troubles = [f"{one.listing.what.name}: {one.listing.trouble}" for one in self.all
+                    if one.listing.trouble]
         return "; ".join([f"kubernetes: {plural(servers, 'server')}", *troubles])
 
     async def follow(self) -> None:
@@ -16931,30 +16918,27 @@ class Watches:
             self._core.roster.define(Source.KUBERNETES, found)
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """For /status.json: each watch."""
-        return [watch_report(one.listing, one.standing, one.offers, now) for one in self.all]
+        return [watch_report(one.listing, one.offers, now) for one in self.all]
 
     def families(self, now: float) -> list[Family]:
-        """For /metrics."""
-        return watch_families(self.all, now)
+        return watch_families((one.listing for one in self.all), now)
 
 
-def watch_families(watches: Iterable[Watch], now: float) -> list[Family]:
-    """Their counters and gauges."""
+def watch_families(listings: Iterable[Listing], now: float) -> list[Family]:
     errors = Counter("mvllm_kubernetes_errors_total",
                      "Requests that the Kubernetes API refused or failed, by status.",
                      "watch", "status")
     lists = Counter("mvllm_kubernetes_lists_total", "Complete lists.", "watch")
     contact = Gauge("mvllm_kubernetes_last_contact_seconds",
                     "Time since the last good answer of the Kubernetes API.", "watch")
-    for one in watches:
-        name, standing = one.listing.what.name, one.standing
-        lists.add(name, amount=one.listing.lists)
+    for one in listings:
+        name = one.what.name
+        lists.add(name, amount=one.lists)
         errors.add(name, str(GONE), amount=0)
-        for status, count in standing.errors.items():
+        for status, count in one.errors.items():
             errors.add(name, status, amount=count)
-        if standing.contact_at > -INFINITY:
-            contact.set(now - standing.contact_at, name)
+        if one.contact_at > -INFINITY:
+            contact.set(now - one.contact_at, name)
     return [errors, lists, contact]
 
 
@@ -17374,7 +17358,7 @@ def placed_url(said: Any, place: Placing, placed: dict[str, tuple[str, str]]) ->
     host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
     to, _ = placed[host] = place(host)
     placed[to] = placed[host]
-    return parts._replace(netloc=(f"[{to}]" if ":" in to else to) + port).geturl()
+    return parts._replace(netloc=in_url(to) + port).geturl()
 
 
 def registered_server(
@@ -17429,7 +17413,7 @@ class Peer(NamedTuple):
         literal, peer = ip_address_or_none(host), ip_address_or_none(self.host)
         if literal is not None and literal.is_unspecified:
             host, literal = self.host, peer
-        local = is_local_name(f"[{host}]" if ":" in host else host)
+        local = is_local_name(in_url(host))
         found: Iterable[Any] = [literal or peer]
         if literal is None and self.any_address and not local:
             found = map(ip_address_or_none, self.resolved.get(host, ()))
@@ -17441,7 +17425,7 @@ class Peer(NamedTuple):
             else f"{self.host}, where it comes from (or registration_any_address = true)")
 
     def may_name(self, address: Any, peer: Any, local: bool) -> bool:
-        if address.is_link_local or address.is_multicast or address.is_unspecified:
+        if is_nobodys(address):
             return False
         if local or address.is_loopback:  # which is this machine's
             return peer is not None and peer.is_loopback
@@ -17770,7 +17754,8 @@ class ZmqListener:
             self.registrations.holds_zmq = False
             log.warning("%s", zmq_open_line(self.core.settings))
             self.listeners += [
-                Listener(sock, self.has_room, lambda: None, self.accept, self.cannot_accept)
+                Listener(sock, lambda: len(self.peers) < ZMQ_PEERS, lambda: None, self.accept,
+                         lambda error: self.tell("accepting", error_text(error)))
                 for sock in sockets]
             while not self.core.process.stopping:  # after that, a successor may listen
                 await asyncio.sleep(ZMQ_RETRY_S)
@@ -17790,12 +17775,6 @@ class ZmqListener:
             except OSError as error:
                 self.tell(address, f"{error_text(error)}; trying again")
                 await asyncio.sleep(ZMQ_RETRY_S)
-
-    def has_room(self) -> bool:
-        return len(self.peers) < ZMQ_PEERS
-
-    def cannot_accept(self, error: OSError) -> None:
-        self.tell("accepting", error_text(error))
 
     def accept(self, sock: socket.socket, address: Any) -> None:
         host = address_of(address)[0]
@@ -17924,8 +17903,7 @@ def shape_of(path: str, content: Content) -> LegShape:
                 if name != "prompt" or content[a:b].lstrip()[:1] == b"["}
     except (ValueError, RecursionError):
         return LegShape(path, "content")  # a server will report what is wrong with it
-    prompt, sampling = said.get("prompt", ""), said.get("sampling_params")
-    sampling = sampling if isinstance(sampling, dict) else {}
+    prompt, sampling = said.get("prompt", ""), typed_member(said, "sampling_params", dict)
     several = isinstance(prompt, list) and len(prompt) != 1 and not (
         prompt and all(type(token) is int for token in prompt))
     choices = [group.get(name) for group in (said, sampling) for name in ("n", "best_of")]
@@ -18017,15 +17995,6 @@ def leg_request(
     return request._replace(body=HeldContent(content), fields=fields, framed=True)
 
 
-def document_of(content: bytes) -> dict[str, Any]:
-    """The content as a JSON object, {} if it is anything else."""
-    try:
-        found = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def handle_in(said: bytes) -> bytes:
     """The handle in a prefill server's answer, byte for byte; b"" if it kept no blocks."""
     begin, end = member_spans(said, RESERVED_MEMBERS).get("kv_transfer_params", (0, 0))
@@ -18080,10 +18049,7 @@ class Merger:
             changed |= merge_usage(document, self.prefill)
             if self.shape.logprobs and not self.streams:
                 changed |= merge_logprobs(document, self.prefill)
-        if not changed:
-            return said
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "backslashreplace")  # a lone surrogate stays the escape that it was
+        return compact(document) if changed else said
 
 
 def without_handles(document: dict[str, Any]) -> bool:
@@ -18096,9 +18062,8 @@ def without_handles(document: dict[str, Any]) -> bool:
 
 def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
     """How many tokens of the prompt a server reports as cached; None if it does not say."""
-    usage = document.get("usage")
-    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    details = typed_member(typed_member(document, "usage", dict), "prompt_tokens_details", dict)
+    cached = details.get("cached_tokens")
     return cached if type(cached) is int and cached >= 0 else None
 
 
@@ -18107,8 +18072,7 @@ def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
     usage, cached = document.get("usage"), cached_tokens_of(prefill)
     if not isinstance(usage, dict):
         return False
-    details = usage.get("prompt_tokens_details")
-    details = details if isinstance(details, dict) else {}
+    details = typed_member(usage, "prompt_tokens_details", dict)
     if cached is not None:
         usage["prompt_tokens_details"] = {**details, "cached_tokens": cached}
         return True
@@ -18116,37 +18080,34 @@ def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
 
 
 def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
-    """Copies the prompt's logprobs from the prefill server's answer.  Returns whether it has
-    any."""
+    """Copies the prompt's logprobs from the prefill server's answer.  Returns if it has any."""
     changed = False
     if prefill.get("prompt_logprobs") is not None:
         document["prompt_logprobs"], changed = prefill["prompt_logprobs"], True
-    for ours, theirs in zip(typed_member(document, "choices", list) or (),
-                            typed_member(prefill, "choices", list) or ()):
+    for ours, theirs in zip(typed_member(document, "choices", list),
+                            typed_member(prefill, "choices", list)):
         if not (isinstance(ours, dict) and isinstance(theirs, dict)):
             continue
         if (prompt := theirs.get("prompt_logprobs")) is not None:
             ours["prompt_logprobs"], changed = prompt, True
             put_before(ours.get("logprobs"), theirs.get("logprobs"), len(prompt))
     meta, read = document.get("meta_info"), typed_member(prefill, "meta_info", dict)
-    if isinstance(meta, dict) and read and isinstance(read.get("input_token_logprobs"), list):
-        own = meta.get("input_token_logprobs")
-        meta["input_token_logprobs"] = read["input_token_logprobs"] + (own or [])
+    if isinstance(meta, dict) and isinstance(first := read.get("input_token_logprobs"), list):
+        meta["input_token_logprobs"] = first + (meta.get("input_token_logprobs") or [])
         changed = True
     return changed
 
 
 def put_before(ours: Any, theirs: Any, count: int) -> None:
     """Puts a prompt's tokens before those of the answer, in the form of /v1/completions."""
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     if not all(isinstance(one, dict) for one in (ours, theirs)) or not count:
         return
-    first = {name: (theirs.get(name) or [])[:count] for name in names}
+    first = {name: (theirs.get(name) or [])[:count] for name in PARALLEL}
     if not first["tokens"] or (ours.get("tokens") or [])[:count] == first["tokens"]:
         return  # the answer has them already
     offsets, last = first["text_offset"], first["tokens"][-1]
     shift = (offsets[-1] if offsets else 0) + len(str(last).encode())
-    for name in names:
+    for name in PARALLEL:
         own = ours.get(name) or []
         ours[name] = first[name] + ([at + shift for at in own] if name == "text_offset" else own)
 
@@ -18318,8 +18279,7 @@ class Mooncake(Connector):
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
     """The URL of a prefill server's bootstrap server; `port` is for a server that sets none."""
-    host = urllib.parse.urlsplit(server.url).hostname or ""
-    host = f"[{host}]" if ":" in host else host
+    host = in_url(urllib.parse.urlsplit(server.url).hostname or "")
     return f"http://{host}:{server.bootstrap_port or port or MOONCAKE_PORT}"
 
 
@@ -18442,13 +18402,6 @@ class Split:
         return self.connector.shared(
             prefill.asked, decode.asked, self.memory.get(prefill.asked.id), self.draw)
 
-    def both(
-        self, prefill: Ranking, lease: Lease | None, decode: Ranking, shared: Shared
-    ) -> Both:
-        place, self.lease = self.lease, None
-        return Both(self.prefill_leg(prefill, lease, shared),
-                    self.decode_leg(decode, place, shared, b""))
-
     def prefill_leg(self, ranking: Ranking, lease: Lease | None, shared: Shared) -> Leg:
         content, rank = self.connector.prefill_leg(
             self.request.body.content, self.shape, shared)
@@ -18500,13 +18453,8 @@ def two_legs(
             break
         learned = yield from introduced(split, ranking)
         shared = None if learned.fault else split.shared(ranking, decode)
-        if shared is None:
-            outcome = learned
-        elif shared.at_once:
-            outcome = yield split.both(ranking, found.lease, decode, shared)
-        else:
-            outcome = yield from in_turn(split, split.prefill_leg(ranking, found.lease, shared),
-                                         decode)
+        outcome = learned if shared is None else (
+            yield from both_legs(split, split.prefill_leg(ranking, found.lease, shared), decode))
         if outcome.held is not None and outcome.more is PREFILL_FAILED and not outcome.fault:
             if split.way is not None:  # the client is in the middle of a stream
                 return outcome, None
@@ -18532,13 +18480,16 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
     return outcome
 
 
-def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
-    """The outcome of the decode leg, sent after the prefill leg; or of the latter if it failed."""
+def both_legs(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
+    """The outcome of the decode leg, sent with the prefill leg or after it; or of the latter if it
+    failed."""
+    assert leg.shared is not None
     place, split.lease = split.lease, None
+    if leg.shared.at_once:
+        return (yield Both(leg, split.decode_leg(decode, place, leg.shared, b"")))
     read = yield Prefill(leg, decode, place)
     if read.fault is not None or read.held is not None:
         return read._replace(more=PREFILL_FAILED)
-    assert leg.shared is not None
     split.memory[leg.shared.prefill.id] = split.connector.identity_in(read.more)
     return (yield Decode(split.decode_leg(decode, read.lease, leg.shared, read.more)))
 
@@ -18587,20 +18538,23 @@ def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
         yield from plain_plan(split)
 
 
-def resumed(split: Split, plan: Plan) -> Plan:
-    """A plan for one server, except that two continue a broken stream whose prompt has to be read
-    again and is long."""
+def replanned(plan: Plan, way: Callable[[Any], Generator[Any, Outcome, Outcome]]) -> Plan:
+    """A plan whose steps are carried out in that way."""
     with contextlib.suppress(StopIteration):
         step = next(plan)
         while True:
-            if isinstance(step, Resume):
-                outcome = yield from resumed_once(split, step)
-            else:
-                outcome = yield step
-            step = plan.send(outcome)
+            step = plan.send((yield from way(step)))
 
 
-def resumed_once(split: Split, step: Resume) -> Generator[Any, Outcome, Outcome]:
+def resumed(split: Split, plan: Plan) -> Plan:
+    """A plan for one server, except that two continue a broken stream whose prompt has to be read
+    again and is long."""
+    return replanned(plan, functools.partial(resumed_step, split))
+
+
+def resumed_step(split: Split, step: Any) -> Generator[Any, Outcome, Outcome]:
+    if not isinstance(step, Resume):
+        return (yield step)
     relay, outcome, shared = step.relay, WELL, None
     split.way, split.decoder, split.lease = step.way, relay.ranking.server, relay.lease
     if step.way is Way.REPEAT and not (split.shape.unfit or is_short(relay.ranking, split.terms)):
@@ -18608,8 +18562,7 @@ def resumed_once(split: Split, step: Resume) -> Generator[Any, Outcome, Outcome]
     if shared is not None and (outcome.committed or outcome.fault is not Fault.TRANSFER_FAILED):
         return outcome
     lease, split.lease = split.lease, None
-    alone = Leg(*relay, split, way=step.way)._replace(lease=lease)
-    return (yield Decode(alone))
+    return (yield Decode(Leg(*relay._replace(lease=lease), split, way=step.way)))
 
 
 def unfit_plan(split: Split, otherwise: Plan) -> Plan:
@@ -18620,13 +18573,11 @@ def unfit_plan(split: Split, otherwise: Plan) -> Plan:
 
 def plain_plan(split: Split) -> Plan:
     """Sends a request whole; its answer is rid of handles like those of split requests."""
-    plan = resumed(split, relay_plan(split.request, split.plain))
-    with contextlib.suppress(StopIteration):
-        step = next(plan)
-        while True:
-            if isinstance(step, Relay):
-                step = Decode(Leg(*step, split))
-            step = plan.send((yield step))
+
+    def as_leg(step: Any) -> Generator[Any, Outcome, Outcome]:
+        return (yield Decode(Leg(*step, split)) if isinstance(step, Relay) else step)
+
+    return replanned(resumed(split, relay_plan(split.request, split.plain)), as_leg)
 
 
 # ══════════
@@ -18996,40 +18947,33 @@ class PrefillDecode:
             asking = self._asking[server.id] = asyncio.create_task(
                 ask_bootstrap(server.settings, terms.bootstrap_port))
             asking.add_done_callback(lambda _: self._asking.pop(server.id))
-        return await asyncio.shield(asking)  # one that leaves does not end it for the others
+        outcome = await asyncio.shield(asking)  # one that leaves does not end it for the others
+        if outcome.fault is not None:
+            self.legs.add("prefill", server.id, "unknown_engine")
+        return outcome
 
 
 async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
     """Ask a bootstrap server for its prefill server's identity, the outcome's `more`."""
     address = bootstrap_url(server, port)
-    client = HttpClient(ServerSettings(address, address=server.address))
-    try:
-        status, content = await client.fetch("/query", LEARN_LIMIT_S)
-    except PeerGone as gone:
-        return Outcome(gone.fault, f"its bootstrap server {address}: {gone}")
-    except (BadMessage, TimeoutError) as error:
-        text = f"its bootstrap server {address}: {str(error) or 'no answer'}"
-        return Outcome(Fault.CONNECT_TIMEOUT, text)
-    finally:
-        client.close()
+    name = f"its bootstrap server {address}"
+    with contextlib.closing(HttpClient(ServerSettings(address, address=server.address))) as client:
+        try:
+            status, content = await client.fetch("/query", LEARN_LIMIT_S)
+        except NO_ANSWER as error:
+            fault = error.fault if isinstance(error, PeerGone) else Fault.CONNECT_TIMEOUT
+            return Outcome(fault, f"{name}: {str(error) or 'no answer'}")
     if status != 200 or not (engines := engines_in(content)):
-        text = f"its bootstrap server {address} knows no engine (it answered {status})"
-        return Outcome(Fault.CONNECT_FAILED, text)
+        return Outcome(
+            Fault.CONNECT_FAILED, f"{name} knows no engine (it answered {status})")
     return Outcome(more={"address": address, "engines": engines})
-
-
-async def learn(x: Exchange, step: Learn) -> Outcome:
-    outcome: Outcome = await step.split.planner.learn(step.server, step.split.terms)
-    if outcome.fault is not None:
-        planner: PrefillDecode = step.split.planner
-        planner.legs.add("prefill", step.server.id, "unknown_engine")
-    return outcome
 
 
 async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
     """Carry out a leg, and count it."""
     planner: PrefillDecode = leg.split.planner
-    kind, began, label = LEG_ATTEMPTS[role], x.loop.time(), "abandoned"
+    kind = PrefillAttempt if role == "prefill" else DecodeAttempt
+    began, label = x.loop.time(), "abandoned"
     x.trail.prefill = leg.shared.prefill.name if leg.shared else ""
     content = LegContent(x.core.clients.backlog)
     try:
@@ -19046,8 +18990,8 @@ async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
         planner.legs.add(role, leg.server, label)
         planner.seconds.note(x.loop.time() - began, role)
         if role == "decode":
-            planner.transfers.add(leg.split.connector.name, "ok" if label == "ok" else "failed"
-                                  if label == Fault.TRANSFER_FAILED.label else label)
+            planner.transfers.add(leg.split.connector.name, "failed" if label
+                                  == Fault.TRANSFER_FAILED.label else label)
 
 
 def with_lease(x: Exchange, leg: Leg) -> Leg:
@@ -19120,10 +19064,10 @@ async def note_plain(x: Exchange, step: Plainly) -> Outcome:
     return WELL
 
 
-LEG_ATTEMPTS = {"prefill": PrefillAttempt, "decode": DecodeAttempt}
 PLANS["prefill_decode"] = Planning(operator.attrgetter("disaggregation"), PrefillDecode)
 Exchange.CARRY_OUT |= {
-    Learn: learn, Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
+    Learn: lambda x, step: step.split.planner.learn(step.server, step.split.terms),
+    Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
 
 
 # ━━━ part XIII: models ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━

@@ -16162,11 +16162,11 @@ def test_what_was_missed_is_repaired_by_a_list_anew_and_known_until_then():
     failure = one.take_event({"type": "ERROR", "object": {
         "kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}})
     assert failure == (410, "the watch ended: 'too old'", 0.0)
-    one.refused(failure, 1)
+    one.failed(failure, random.Random(1))
     assert "watch=1" not in one.path(250) and one.objects.keys() == {"uid-a", "uid-b"}
     one.take_page(page_of(pod_named("c"), more="next"))
     assert one.objects.keys() == {"uid-a", "uid-b"}, "half a list says nothing of the rest"
-    one.refused(lite.ApiFailure(410, "the token is too old"), 1)
+    one.failed(lite.ApiFailure(410, "the token is too old"), random.Random(1))
     assert "continue" not in one.path(250)
     one.take_page(page_of(pod_named("b")))
     assert one.objects.keys() == {"uid-b"}
@@ -16180,8 +16180,9 @@ def test_what_was_missed_is_repaired_by_a_list_anew_and_known_until_then():
 def test_when_a_watch_has_to_list_anew(status, failures, anew):
     one = listing_of()
     one.take_page(page_of())
-    one.refused(lite.ApiFailure(status, ""), failures)
-    assert one.complete is not anew
+    one.failures = failures - 1
+    one.failed(lite.ApiFailure(status, ""), random.Random(1))
+    assert one.complete is not anew and one.failures == failures
 
 
 @pytest.mark.parametrize("page", [None, [], {}, {"items": []}, {"items": 5, "metadata": {}}])
@@ -16233,9 +16234,10 @@ def test_what_the_api_refuses_is_said_with_what_to_do(status, values, said, retr
 
 
 def test_a_list_that_works_says_nothing_about_a_watch_that_does_not():
-    one, draw = lite.Standing(), random.Random(1)
+    one = listing_of()
+    one.take_page(page_of())
     one.answered("list", 1.0)
-    one.failed("watch", lite.ApiFailure(403, "may not watch"), draw)
+    one.failed(lite.ApiFailure(403, "may not watch"), random.Random(1))
     one.answered("list", 2.0)
     assert (one.trouble, one.failures, one.contact_at) == ("may not watch", 1, 2.0)
     one.answered("watch", 3.0, proven=False)
@@ -16494,7 +16496,7 @@ async def test_a_stream_that_ends_is_watched_on_from_where_it_was_without_a_list
         await api.tell("ADDED", POD_C)
         await found.finds("10.0.0.1", "10.0.0.2", "10.0.0.3")
         assert len(api.lists) == 1 and "resourceVersion=11&" in api.watches[1]
-        assert not found.watch.standing.trouble
+        assert not found.watch.listing.trouble
 
 
 @asynchronous
@@ -16529,8 +16531,8 @@ async def test_after_a_410_a_list_says_who_is_missing(in_stream):
             api.end_watches()
         await found.finds("10.0.0.2", "10.0.0.3")
         await found.watched(2 if in_stream else 3)
-        assert len(api.lists) == 2 and not found.watch.standing.trouble
-        assert found.watch.standing.errors == {"410": 1}
+        assert len(api.lists) == 2 and not found.watch.listing.trouble
+        assert found.watch.listing.errors == {"410": 1}
 
 
 @asynchronous
@@ -16542,7 +16544,7 @@ async def test_a_token_is_read_again_and_a_new_one_is_tried_at_once(tmp_path):
         api.refusals += [("401 Unauthorized", "", None)] * 2
         await api.tell("ADDED", POD_B)
         api.end_watches()
-        await eventually(lambda: "401" in found.watch.standing.trouble, "it is refused")
+        await eventually(lambda: "401" in found.watch.listing.trouble, "it is refused")
         assert found.urls() == ["http://10.0.0.1:8000", "http://10.0.0.2:8000"]
         api.refusals.clear()
         (tmp_path / "token").write_text("new\n")
@@ -16558,7 +16560,7 @@ async def test_while_the_api_is_away_everything_known_stays(caplog):
         await api.tell("ADDED", POD_C)
         await found.finds("10.0.0.1", "10.0.0.2", "10.0.0.3")
         await api.kill()
-        await eventually(lambda: found.watch.standing.failures, "it is away")
+        await eventually(lambda: found.watch.listing.failures, "it is away")
         assert len(found.urls()) == 3 and "its servers stay as they are" in caplog.text
         api.objects.pop("uid-a")
         await api.start()
@@ -16581,8 +16583,8 @@ async def test_an_api_that_refuses_is_named_and_asked_again_later(
     api = Api(POD_A)
     api.refusals.append((status, retry_after, document))
     async with watching(api=api) as (found, api):
-        await eventually(lambda: found.watch.standing.trouble, "there is trouble")
-        assert trouble in found.watch.standing.trouble and trouble in caplog.text
+        await eventually(lambda: found.watch.listing.trouble, "there is trouble")
+        assert trouble in found.watch.listing.trouble and trouble in caplog.text
         assert len(api.asked) == 1 and not found.changes
 
 
@@ -16591,8 +16593,8 @@ async def test_a_watch_that_ends_at_once_again_and_again_is_not_begun_again_as_o
     async with watching(POD_A) as (found, api):
         await found.watched()
         api.end_watches()
-        await eventually(lambda: found.watch.standing.trouble, "it is noticed")
-        assert found.watch.standing.trouble == "the API ends each watch at once"
+        await eventually(lambda: found.watch.listing.trouble, "it is noticed")
+        assert found.watch.listing.trouble == "the API ends each watch at once"
         assert len(api.watches) == 1
 
 
@@ -16636,8 +16638,8 @@ async def test_an_api_that_wants_a_certificate_and_a_renewed_authority(tmp_path)
         path = tmp_path / "config"
         path.write_text(kubeconfig(server, user))
         async with watching(api=api, kubeconfig=str(path)) as (found, _):
-            await eventually(lambda: found.watch.standing.trouble, "it is not trusted")
-            assert "certificate verify failed" in found.watch.standing.trouble
+            await eventually(lambda: found.watch.listing.trouble, "it is not trusted")
+            assert "certificate verify failed" in found.watch.listing.trouble
             path.write_text(kubeconfig(server | {"certificate-authority-data": data}, user))
             await found.finds("10.0.0.1")
 
@@ -16834,7 +16836,7 @@ async def test_what_a_predecessor_has_named_stays_until_it_is_listed_again():
         task = asyncio.create_task(lite.follow_pods(
             core, running.core.settings.clusters))
         await eventually(lambda: "kubernetes" in core.services
-                         and core.services["kubernetes"].all[0].standing.failures, "it is refused")
+                         and core.services["kubernetes"].all[0].listing.failures, "it is refused")
         assert list(core.roster.named_by(lite.Source.KUBERNETES)) == [f"uid-a:{server.port}"]
         task.cancel()
         await asyncio.wait([task])
