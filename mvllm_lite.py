@@ -16255,7 +16255,6 @@ def first_reason(leaving: bool, *reasons: str) -> str:
 
 
 def read_pod(pod: Any) -> tuple[Pod, ...]:
-    """A pod as the API shows it."""
     phase = string_at(pod, "status", "phase") or "unknown"
     addresses = [string_at(pod, "status", "podIP")]  # the first of its addresses, if it has two
     addresses += [string_at(one, "ip") for one in objects_at(pod, "status", "podIPs")]
@@ -16561,7 +16560,6 @@ def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: s
 def watch_report(
     listing: Listing, offers: Mapping[Pod, Offer], now: float
 ) -> dict[str, Any]:
-    """What is shown of a watch."""
     unused = [(pod.name, offer.why_not) for pod, offer in offers.items() if offer.why_not]
     contact_s = None if listing.contact_at == -INFINITY else round(now - listing.contact_at, 1)
     return {
@@ -16676,7 +16674,7 @@ BRIEF_S = 1.0  # a watch that ends sooner and brought nothing is not restarted a
 def cluster_of(
     table: KubernetesSettings, environ: Mapping[str, str], account: str = ACCOUNT_PATH
 ) -> Cluster:
-    """How the API server of a table can be reached at this moment.  Raises SettingsError."""
+    """How to reach the API server of a table now.  Raises SettingsError."""
     if table.kubeconfig:
         try:
             text = read_regular_file(table.kubeconfig).decode("utf-8", "replace")
@@ -16701,7 +16699,7 @@ def cluster_of(
 
 
 def with_files(cluster: Cluster) -> Cluster:
-    """The cluster with the contents of its files filled in.  Raises SettingsError."""
+    """With the contents of its files.  Raises SettingsError."""
     held = {name.removesuffix("_file"): read_regular_file(path).decode("latin-1").strip()
             for name, path in cluster._asdict().items() if name.endswith("_file") and path}
     if (token := held.get("token", cluster.token)) and not SECRET.fullmatch(token):
@@ -17004,7 +17002,7 @@ def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
 
 
 def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
-    """A peer's properties, by lower-case name.  Raises BadMessage."""
+    """By lower-case name.  Raises BadMessage."""
     found, at = dict[bytes, bytes](), 0
     while at < len(data):
         name, at = split_prefixed(data, at, 1)
@@ -17046,8 +17044,7 @@ class ZmtpPeer:
                 yield message[1:] if message[0] == b"" else message
 
     def _greets(self) -> bool:
-        """Whether the peer's greeting is complete.  A wrong one is refused at its first wrong
-        byte."""
+        """Whether the greeting is complete.  A wrong one is refused at its first wrong byte."""
         said, size = self.buffer, len(ZMTP_GREETING)
         mechanism = bytes(said[12:32])
         if said[:1] not in (b"", b"\xff") or said[9:10] not in (b"", b"\x7f"):
@@ -17248,7 +17245,6 @@ class RegistrationBook:
         return {id: one.servers[id] for id, one in self.owners().items()}
 
     def owners(self) -> dict[str, Registration]:
-        """The registration each server belongs to."""
         found = dict[str, Registration]()
         for one in self.by_id.values():
             found |= {id: one for id in one.servers if id not in found}
@@ -17276,7 +17272,7 @@ class RegistrationBook:
         return changed
 
     def heard(self, registrar: Registrar, now: float) -> None:
-        """Count everybody registered that way as heard just now."""
+        """Count all who registered that way as heard just now."""
         self.by_id |= {one.id: dataclasses.replace(one, seen_at=now)
                        for one in self.by_id.values() if one.registrar is registrar}
 
@@ -17615,7 +17611,6 @@ async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def worker_rows(core: Core) -> list[dict[str, Any]]:
-    """Servers and agents, as vllm-project/router and serverless_vllm list them."""
     now, book = clock_now(), Registrations.of(core).book
     rows, owners = list[dict[str, Any]](), book.owners()
     for id, entry in core.roster.entries.items():
@@ -17728,8 +17723,6 @@ ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings remembered so as not to be repeated
 
 
 class ZmqListener:
-    """Takes the registrations of vLLM's connectors, each on a connection of its own."""
-
     def __init__(self, core: Core) -> None:
         self.core, self.registrations = core, Registrations.of(core)
         self.peers = dict[asyncio.Task[None], str]()  # by connection
@@ -17894,7 +17887,6 @@ class LegShape(NamedTuple):
 
 
 def shape_of(path: str, content: Content) -> LegShape:
-    """The shape of a request for that path with that content."""
     if path not in LEG_LIMITS:
         return LegShape(path, "path")
     spans = member_spans(content, SHAPING)
@@ -17957,7 +17949,6 @@ def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
 
 
 def prefill_content(content: Content, shape: LegShape, params: Mapping[str, Any] | None) -> Content:
-    """The content of a prefill leg."""
     values: dict[str, bytes | None] = {"stream": b"false", "stream_options": None}
     for name in LEG_LIMITS[shape.path]:
         values[name] = b"1"
@@ -17990,7 +17981,6 @@ def leg_fields(shared: Shared, rank: int | None) -> str:
 def leg_request(
     request: OutboundRequest, content: Content, shared: Shared, rank: int | None = None
 ) -> OutboundRequest:
-    """A leg as it is sent to its server."""
     fields = LEG_FIELDS.sub("", request.fields) + leg_fields(shared, rank)
     return request._replace(body=HeldContent(content), fields=fields, framed=True)
 
@@ -18370,8 +18360,6 @@ def is_short(ranking: Ranking, terms: DisaggregationSettings) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Split:
-    """One request that is split."""
-
     request: OutboundRequest
     terms: DisaggregationSettings
     connector: Connector
@@ -18395,7 +18383,6 @@ class Split:
     good_until: float = INFINITY  # by the loop's clock, when the blocks may be gone
 
     def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
-        """New ids for an attempt at both legs."""
         assert prefill.asked is not None and decode.asked is not None
         self.prefill_why, self.failed, self.said = prefill.why(), False, None
         self.good_until = INFINITY
@@ -18621,7 +18608,7 @@ class LegContent(HeldContent):
 
 
 class PrefillAttempt(Attempt):
-    """A prefill leg at one server.  The outcome's `more` has its handle; a 4xx answer is `held`."""
+    """A prefill leg at one server, with the outcome of `Prefill`."""
 
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
@@ -18834,8 +18821,6 @@ EXPLAINED_PATH = "/v1/chat/completions"  # assumed for /explain, whose requests 
 
 
 class PrefillDecode:
-    """The planner of requests whose model has a [[disaggregation]]."""
-
     def __init__(self, core: Core) -> None:
         self.core = core
         self.memory: dict[str, Mapping[str, Any] | None] = {}
@@ -18920,7 +18905,6 @@ class PrefillDecode:
                          or (one.registrar is Registrar.ADMIN and self.core.keys.required))}
 
     def forget_gone(self) -> None:
-        """Forget what was remembered of servers that are gone."""
         servers = {view.id for view in self.core.fleet.views()}
         for id in self.memory.keys() - servers:
             del self.memory[id]
@@ -18938,8 +18922,8 @@ class PrefillDecode:
         return [self.choose(x, split, "prefill", frozenset()), decode]
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
-        """A prefill server's identity as the outcome's `more`, from its bootstrap server.  Requests
-        that need it at the same time share one answer, or wait in vain only once."""
+        """As `Learn`.  Requests that need it at the same time share one answer, or wait in vain
+        only once."""
         self.forget_gone()
         if (known := self.memory.get(server.id)) is not None:
             return Outcome(more=known)
@@ -18954,7 +18938,7 @@ class PrefillDecode:
 
 
 async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
-    """Ask a bootstrap server for its prefill server's identity, the outcome's `more`."""
+    """As `Learn`."""
     address = bootstrap_url(server, port)
     name = f"its bootstrap server {address}"
     with contextlib.closing(HttpClient(ServerSettings(address, address=server.address))) as client:
@@ -18970,7 +18954,6 @@ async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
 
 
 async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
-    """Carry out a leg, and count it."""
     planner: PrefillDecode = leg.split.planner
     kind = PrefillAttempt if role == "prefill" else DecodeAttempt
     began, label = x.loop.time(), "abandoned"
@@ -19027,7 +19010,7 @@ async def decode(x: Exchange, step: Decode) -> Outcome:
 
 
 async def both(x: Exchange, step: Both) -> Outcome:
-    """Carry out both legs at once.  If one fails the other ends, as it would wait in vain."""
+    """If one leg fails the other ends, as it would wait in vain."""
     leg = step.decode
     leg = leg._replace(lease=leg.lease or x.lease(leg.server, "decode"))
     first_leg = with_lease(x, step.prefill)
@@ -19082,8 +19065,6 @@ Exchange.CARRY_OUT |= {
 
 
 class Phase(Enum):
-    """Where an instance is in its life."""
-
     ABSENT = "absent"
     STARTING = "starting"
     RUNNING = "running"
@@ -19097,8 +19078,6 @@ class Phase(Enum):
 
 
 class Turn(Enum):
-    """What happens to an instance."""
-
     LAUNCH = "is launched"
     READY = "answers, and lists its model"
     SLEEP = "is to sleep"
@@ -19261,8 +19240,7 @@ def kept_devices(before: Sequence[Device], found: Iterable[Device]) -> list[Devi
 
 
 def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Device]:
-    """The devices as settings state them, if none were found; else those found, at most as
-    stated."""
+    """The devices as settings state them, if none were found; else those, at most as stated."""
     if not found or not stated:
         return list(found) or [Device(gb, number=n) for n, gb in enumerate(stated)]
     return [one._replace(total_gb=min(gb, one.total_gb)) for gb, one in zip(stated, found)]
@@ -19336,7 +19314,7 @@ def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str
 
 
 def parse_model(said: Any, where: str) -> ModelSettings:
-    """A model described elsewhere than in a settings file.  Raises SettingsError."""
+    """Raises SettingsError."""
     settings, _ = parse_settings("servers = []", where, {"models": ([said], where)})
     return settings.models[0]
 
@@ -20177,8 +20155,6 @@ async def fetch_json(
 
 
 class Instance:
-    """One model's process."""
-
     def __init__(self, name: str, model: ModelSettings, devices: tuple[int, ...], life: Life,
                  awake_gb: float) -> None:
         self.name, self.model, self.devices, self.life = name, model, devices, life
@@ -20211,14 +20187,14 @@ class Instance:
         self.client = HttpClient(ServerSettings(self.url))
 
     async def post(self, path: str, content: bytes = b"") -> dict[str, Any]:
-        """The answer to POST, in JSON.  Raises PeerGone, with its words if it refuses."""
+        """As `fetch_json`."""
         return await fetch_json(self.client, path, path, content, SLEEP_CALL_S)
 
     async def says_asleep(self) -> Any:
         return (await self.client.members_at("/is_sleeping", 5.0)).get("is_sleeping")
 
     async def health(self) -> int:
-        """The status that its health path answers; 0 without an answer."""
+        """The status of its health path; 0 without an answer."""
         try:
             return (await self.client.fetch("/health", 5.0))[0]
         except NO_ANSWER:
@@ -20303,7 +20279,7 @@ class Agent:
         self.devices = stated_devices(stated, self._found)
 
     def named(self, name: str) -> Instance:
-        """The instance with a name.  Raises LookupError."""
+        """Raises LookupError."""
         if (found := self.instances.get(name)) is None:
             raise LookupError(f"No instance {shown(name)} here.")
         return found
@@ -20321,7 +20297,7 @@ class Agent:
 
     def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...],
                digest: str = "") -> Instance:
-        """Launch an instance, and tend it.  Raises LookupError for its profile, ValueError."""
+        """Raises LookupError for its profile, ValueError."""
         said, model = said_of(model), with_profile(model, self.profiles)
         if (known := self.instances.get(name)) is not None and known.life.phase is not Phase.FAILED:
             raise ValueError(f"{name} is {known.life.phase.value} already")
@@ -20377,7 +20353,6 @@ class Agent:
         self.on_change()
 
     def saved(self) -> list[dict[str, Any]]:
-        """What a successor needs to adopt the instances."""
         return [{
             "name": one.name, "alias": one.model.alias, "model": one.said,
             "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
@@ -20481,8 +20456,7 @@ class Agent:
             ended.cancel()
 
     async def sleep(self, one: Instance, level: int = 1) -> None:
-        """Put an instance to sleep.  Raises PeerGone; ValueError in a wrong phase, and where it
-        was started without sleep."""
+        """Raises PeerGone; ValueError in a wrong phase, and where it was started without sleep."""
         if not sleeps(one.model):
             raise ValueError("it runs without sleep: sleep_after_s is 0")
         async with one.busy:
@@ -20541,12 +20515,12 @@ class Agent:
         one.level = 0
 
     async def stop(self, one: Instance) -> None:
-        """Stop an instance.  Raises ValueError in a wrong phase, PeerGone if processes are left."""
+        """Raises ValueError in a wrong phase, PeerGone if processes are left."""
         self.tell(one, Turn.STOP)
         await self.end(one)
 
     async def end(self, one: Instance) -> None:
-        """End a stopping instance.  Raises PeerGone if processes are left."""
+        """As `stop`, for one that is stopping."""
         left = await one.child.end(STOP_S) if one.child else []
         if one.task is not None:
             one.task.cancel()
@@ -20692,7 +20666,7 @@ class RemoteHost:
         return tuple(one.name for one in self.allowed())
 
     def allowed(self) -> list[ProfileSettings]:
-        """Its profiles, with the models and values that they allow."""
+        """Its profiles, with what they allow."""
         said, found = self.said.get("profiles"), list[ProfileSettings]()
         for name, one in said.items() if isinstance(said, dict) else ():
             models, values = (tuple(map(str, one[key])) for key in ("models", "values"))
@@ -20706,7 +20680,7 @@ class RemoteHost:
         return ServerSettings(f"{self.public_url}/proxy/{instance['alias']}", api_key=self.key)
 
     async def refresh(self) -> None:
-        """Ask the agent for its report.  Raises PeerGone."""
+        """Raises PeerGone."""
         try:
             said = await self.ask("/info", None, 5.0)
             if not all(isinstance(said.get(key), dict) for key in ("instances", "profiles")):
@@ -20725,7 +20699,7 @@ class RemoteHost:
             raise PeerGone(f"{self.name} does not tell it", Fault.BAD_ANSWER) from None
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
-        """The agent's answer.  Raises PeerGone, with its words if it refuses."""
+        """As `fetch_json`."""
         return await fetch_json(self.client, self.name, path, content, timeout_s)
 
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
@@ -20770,14 +20744,14 @@ Host = LocalHost | RemoteHost | ManagedHost
 
 
 class StateFile:
-    """The file that tells a successor about running and registered models."""
+    """Tells a successor about running and registered models."""
 
     def __init__(self, core: Core) -> None:
         self._core, self._saved, self._trouble = core, "", ""
 
     @property
     def path(self) -> str:
-        """The file's path; '' if there is none."""
+        """'' if there is none."""
         path, named = self._core.process.settings_path, self._core.settings.state_file
         return named or path and f"{path}.state"
 
@@ -20849,8 +20823,7 @@ class Uses:
 
 
 class Holdings:
-    """What is known about the pool: the models of the settings and those that were registered, the
-    hosts and their instances."""
+    """The models of the settings and those that were registered, the hosts and their instances."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -21088,8 +21061,6 @@ class Holdings:
 
 
 class ModelPool(Holdings):
-    """Decides on acts again and again, and carries them out."""
-
     def register(self, model: ModelSettings) -> None:
         self.registered[model.alias] = model
         self.notify()
@@ -21108,7 +21079,7 @@ class ModelPool(Holdings):
         self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """Do something to an instance.  Raises PeerGone if that fails."""
+        """Raises PeerGone."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
         aliases = [one["model_alias"] for _, one in self.instances() if one["alias"] == name]
@@ -21475,7 +21446,7 @@ class FollowedPool(ModelPool):
         self.registered, self.hosts, self.leaving = registered, hosts, leaving
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
-        """The manager's answer.  Raises PeerGone, with its words if it refuses."""
+        """As `fetch_json`."""
         if self._client is None or self._client.server.url != self.manager:
             await self.close()
             self._client = HttpClient(ServerSettings(self.manager, id=PATTERN + MANAGER))
@@ -21589,14 +21560,11 @@ SILENT_PATHS = ("/tokenize", "/detokenize")  # no work for an engine, so they wa
 
 
 class PoolPlanner:
-    """Makes the plans of requests for models of the pool."""
-
     def __init__(self, core: Core) -> None:
         self.pool = FollowedPool(core) if core.settings.manager else ModelPool(core)
         self.created = int(core.process.started_at)
 
     def __str__(self) -> str:
-        """Its size, for people."""
         return f"models in the pool: {len(self.pool.models)}"
 
     def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
@@ -21684,12 +21652,12 @@ PLANS[POOL] = Planning(operator.attrgetter("has_model_pool"), PoolPlanner)
 
 
 def pool_of(core: Core) -> ModelPool:
-    """The balancer's pool.  Raises LookupError if there is none."""
+    """Raises LookupError if there is none."""
     return planner_of(core).pool
 
 
 def planner_of(core: Core) -> PoolPlanner:
-    """The pool's planner.  Raises LookupError if there is none."""
+    """Raises LookupError if there is none."""
     planner = core.planners.get(POOL)
     if not isinstance(planner, PoolPlanner):
         raise LookupError("There is no pool here: the settings have no [[models]], [devices],"
@@ -21699,7 +21667,6 @@ def planner_of(core: Core) -> PoolPlanner:
 
 @service(POOL, operator.attrgetter("has_model_pool"), Source.POOL)
 async def keep_models(core: Core, wanted: bool) -> None:
-    """Run the pool until cancelled, then close it."""
     pool = pool_of(core)
     core.services[POOL] = core.planners[POOL]
     try:
@@ -21737,7 +21704,6 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
 
 
 def is_aliased(pool: ModelPool, one: Mapping[str, Any]) -> bool:
-    """Whether an instance has another name for its model than clients use."""
     model = pool.models.get(one["model_alias"])
     return model is not None and model.served != model.alias
 
@@ -21790,7 +21756,7 @@ async def operate_model(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
-    """Have an instance of a model run, and wait for it.  Raises PeerGone."""
+    """Have an instance run, and wait for it.  Raises PeerGone."""
     model = pool.models[alias]
     was = pool.is_routable(model)
     await pool.start_anew(alias)
@@ -22170,9 +22136,9 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 class Style(Enum):
-    """The meaning of a piece of text, and how it looks: its colour in the terminal's palette (-1:
-    the default), on the terminal's own background, which may be light or dark; and an attribute of
-    curses, which shows without colours, too."""
+    """The meaning of a piece of text, and its looks: a colour of the terminal's palette (-1: the
+    default), whose background may be light or dark; and an attribute of curses, which shows without
+    colours, too."""
 
     PLAIN = -1, "A_NORMAL"
     DIM = -1, "A_DIM"
@@ -22240,7 +22206,6 @@ SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # and o
 
 @functools.lru_cache(4096)
 def cell(char: str) -> int:
-    """The number of cells that a character takes."""
     if char.isascii():
         return 1
     if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":
@@ -22545,8 +22510,6 @@ def selected(ui: Ui, status: Document) -> Document | None:
 
 
 class Column(NamedTuple):
-    """A column of a table."""
-
     head: str
     text: Callable[[Document], str]
     right: bool = True
@@ -22558,7 +22521,6 @@ class Column(NamedTuple):
 
 
 def capacity_text(server: Document) -> str:
-    """A bar that shows how full a server is, and its capacity in requests."""
     learned = "~" if server["capacity_learned"] else ""
     number = learned + short_number(server["capacity"])
     return f"{bar_of(load_ratio(server), 6)} {number:>4}"
@@ -22863,7 +22825,6 @@ def total_items(status: Document) -> list[Span]:
 
 
 def title_line(status: Document, ui: Ui, width: int) -> Line:
-    """The balancer's name and address, with the time at the right."""
     flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
         [("STOPPING", Style.ASK)] * bool(status["stopping"]))
     clock = status["time"]
@@ -22885,7 +22846,6 @@ def settings_lines(status: Document, rows: int, width: int) -> list[Line]:
 
 
 def top_lines(status: Document, ui: Ui, size: Size) -> list[Line]:
-    """The lines above the table: the totals, and what else fits."""
     width, rows = size
     lines = [packed(total_items(status), width)]
     if rows >= 8:
@@ -22942,7 +22902,6 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
 
 
 def event_lines(status: Document, rows: int, width: int) -> list[Line]:
-    """A title, and as many of the newest events as fit below it."""
     if rows < 2:
         return []
     lines = [titled("events", width)]
@@ -23049,7 +23008,6 @@ def facts(server: Document) -> Iterator[tuple[str, str, Style]]:
 
 
 def detail_lines(server: Document, width: int) -> list[Line]:
-    """The text of a server's own screen, in as many lines as it takes."""
     lines: list[Line] = []
     indent = 10 if width >= 40 else 2
     for what, words, style in facts(server):
@@ -23236,7 +23194,6 @@ def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]
 
 
 def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
-    """`press` for keys about the selected server."""
     if server is None or ui.mode in (Mode.HELP, Mode.VIEW):
         return ui, None
     url, name = server["url"], server["name"]
@@ -23255,7 +23212,6 @@ def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action 
 
 
 def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
-    """`press` for keys about the selected model."""
     name, act = row["model"], Action(verb, row["model"])
     if verb not in row["acts"]:
         can = " or ".join(row["acts"]) or "wait"
@@ -23726,8 +23682,6 @@ def add_top(parser: argparse.ArgumentParser) -> None:
 @command("top", "the screen, of a balancer that runs elsewhere", add_top,
          example="top http://10.0.0.9:8888")
 def run_top(args: argparse.Namespace) -> int:
-    """Show the screen of the balancer that started this process, or of a remote one.  Returns the
-    exit code."""
     if args.socket is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, which stops us
         with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
@@ -24530,7 +24484,6 @@ def policies_topic() -> str:
 
 @topic("paths", "what is answered, by whom, and who may ask")
 def paths_topic() -> str:
-    """The endpoints by kind, and what is passed on."""
     lines, width = list[str](), max(map(len, ENDPOINTS)) + 2
     for kind in [kind for kind in Kind if kind is not Kind.INFERENCE]:
         rows = [(f"  {method:6}", path.ljust(width), row.meaning[:1].upper() + row.meaning[1:])
@@ -25087,7 +25040,7 @@ def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
 
 
 def reader_for(line: str) -> Callable[[str], list[Arrival]]:
-    """The reader for a trace with this first line.  Raises ValueError."""
+    """Raises ValueError."""
     if line.startswith(AZURE_COLUMNS):
         return azure_arrivals
     said = json_object(line) if line.startswith("{") else {}
@@ -25275,8 +25228,6 @@ def kind_for(capacity: float) -> EngineKind:
 
 
 class EngineReport(NamedTuple):
-    """What a server would report in /metrics."""
-
     running: int
     waiting: int
     kv_usage_ratio: float
@@ -25821,7 +25772,6 @@ def quantiles(values: Sequence[float], *shares: float) -> tuple[float, ...]:
 
 
 def comparison_table(rows: Mapping[str, Summary]) -> str:
-    """Summaries as a table for a terminal, one per line."""
     lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
                                      "token p50", "p99 ms", "mean s", "hits %")]
     for name, row in rows.items():
@@ -25901,7 +25851,6 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
                 " prompts for others (1+2: one for two)? Requests wait in the settings' queue as"
                 " long as it takes.")
 def run_replay(args: argparse.Namespace) -> int:
-    """Replay a trace under each of the policies that are asked for, and print the table."""
     if args.config:
         settings, _ = load_settings(args.config, {})
     else:
@@ -25942,7 +25891,6 @@ def run_replay(args: argparse.Namespace) -> int:
 def replayed_fleet(
     args: argparse.Namespace, s: Settings
 ) -> tuple[list[ServerSettings], list[EngineKind]]:
-    """The servers to replay a trace with, and the kinds of their engines."""
     servers, kinds = [] if args.fleet else list(s.servers), list[EngineKind]()
     for server in servers:
         limit = server.max_concurrent_requests
@@ -25978,7 +25926,7 @@ def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
 
 
 def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
-    """The names of policies to compare.  Raises ValueError."""
+    """Raises ValueError."""
     if "all" in words:
         return [name for name in POLICY_NAMES if name != "expression" or s.score]
     for word in words:
@@ -25990,7 +25938,7 @@ def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
 
 
 def read_trace(name: str, seconds: float) -> list[Arrival]:
-    """The requests in a file, or made-up ones of that name.  Raises ValueError."""
+    """Raises ValueError."""
     if name in MADE_UP and not os.path.exists(name):
         return made_up(MADE_UP[name], seconds, random.Random(1))
     try:
@@ -26002,7 +25950,7 @@ def read_trace(name: str, seconds: float) -> list[Arrival]:
 
 
 def progress_bar(name: str) -> Callable[[float], None]:
-    """A function that draws a share from 0 to 1 on stderr, if that is a terminal."""
+    """It draws a share from 0 to 1 on stderr, if that is a terminal."""
 
     def draw(share: float) -> None:
         bar = "#" * round(40 * share)
@@ -26273,13 +26221,10 @@ class Form:
         return []
 
     def whole(self) -> Any:
-        """The answer as one document."""
         raise NotImplementedError
 
 
 class TextForm(Form):
-    """/v1/completions."""
-
     needed, prefix, kind, tail = ("prompt",), "cmpl-", "text_completion", b"data: [DONE]\n\n"
 
     def said(self, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
@@ -26330,8 +26275,6 @@ class TextForm(Form):
 
 
 class ChatForm(TextForm):
-    """/v1/chat/completions."""
-
     needed, prefix, kind = ("messages",), "chatcmpl-", "chat.completion.chunk"
 
     def chances(self, pieces: Sequence[str]) -> Any:
@@ -26362,8 +26305,6 @@ class ChatForm(TextForm):
 
 
 class MessagesForm(Form):
-    """/v1/messages, Anthropic's."""
-
     needed = ("messages", "max_tokens")
     tool_finish, cut_finish, finish = "tool_use", "max_tokens", "end_turn"
 
@@ -26400,8 +26341,6 @@ class MessagesForm(Form):
 
 
 class ResponsesForm(Form):
-    """/v1/responses."""
-
     needed, prefix = ("input",), "resp_"
 
     @property
@@ -26715,7 +26654,6 @@ class SimulatedServer:
 
 
 def simulated_methods(path: str) -> Mapping[str, Any]:
-    """The pages at a path, by method."""
     if path in FORMS or path in REPLIES:
         return {"POST": None}
     return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
@@ -27101,7 +27039,6 @@ def pool_demo_settings(settings: Settings) -> Settings:
 
 
 def pool_requests(draw: random.Random) -> list[dict[str, Any]]:
-    """Three requests for one model of the pool."""
     alias = draw.choices([alias for alias, _ in POOL_DEMO], (1, 2, 2, 8, 8))[0]
     return [{"model": alias, "prompt": "Hello", "max_tokens": 50}] * 3
 
@@ -27149,7 +27086,6 @@ async def run_beside(works: Iterable[Coroutine[Any, Any, None]], running: Awaita
 
 
 async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
-    """Run a balancer with such a pool, and clients that ask it for random models."""
     balancer, draw = Balancer(pool_demo_settings(settings)), random.Random(1)
     await run_beside([demo_traffic(balancer, 0.5, draw, "/v1/completions",
                                    lambda: pool_requests(draw))], run(balancer))
@@ -27261,8 +27197,6 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 class Finding(NamedTuple):
-    """A problem, and what to do about it."""
-
     text: str
     advice: str
 
@@ -27295,7 +27229,6 @@ class Streamed(NamedTuple):
 
 
 async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
-    """Ask a server for everything that the balancer relies on."""
     timeout_s, streamed = settings.health_check_timeout, None
     with contextlib.closing(HttpClient(server, secrets)) as client:
         check = await check_server(client, timeout_s, True, True)
@@ -27361,7 +27294,6 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
 
 
 def unusable_finding(server: ServerSettings, why: str) -> Finding:
-    """The finding about a server that did not answer as it should."""
     if re.search(r"answered 40[13]", why):
         has = "another" if server.api_key or server.api_key_file else "an"
         return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
@@ -27439,7 +27371,6 @@ def secret_files(path: str, s: Settings) -> list[str]:
 
 
 def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
-    """Findings about files that hold keys, from their modes."""
     return findings_among(*(
         (mode & stat.S_IRWXO, f"{path} holds a key and is open to others (mode"
          f" {stat.S_IMODE(mode):04o})", f"chmod o-rwx {path}") for path, mode in modes.items()))
@@ -27466,7 +27397,7 @@ def folder_findings(s: Settings) -> list[Finding]:
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
-    """Findings about the settings, and about this machine, whose file descriptors are enough for
+    """Findings about the settings and this machine, whose file descriptors are enough for
     `clients`."""
     needed, servers = 2 * s.max_connections + SPARE_DESCRIPTORS, (*s.servers, *s.patterns)
     drawn, roles = ({getattr(one, key) for one in servers} for key in ("pool", "role"))
@@ -27790,13 +27721,11 @@ class Trial:
 
 
 def text_in(said: bytes) -> str:
-    """The text in an answer of /v1/completions."""
     choices = typed_member(document_of(said), "choices", list)
     return str(choices[0].get("text"))[:80] if choices and isinstance(choices[0], dict) else ""
 
 
 def answer_words(status: int, said: bytes) -> str:
-    """A failed answer in a few words."""
     if not status:
         return said.decode("utf-8", "replace")
     text = typed_member(document_of(said), "error", dict).get("message") or ""
@@ -27877,7 +27806,6 @@ def relative_paths(found: Any, folder: str) -> Iterator[str]:
 @command("check-config", "read the settings and ask every server", add_check_config,
          example="check-config servers.toml")
 def check_config(args: argparse.Namespace) -> int:
-    """Read the settings, examine every server at the same time, and print what was found."""
     path = config_path(args)
     settings, warnings = load_settings(path, overrides_from(args, os.environ))
     for warning in (*warn_of(os.environ, args), *warnings):
