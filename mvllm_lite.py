@@ -10082,11 +10082,11 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
             raise
 
 
-def is_unheard(sock: socket.socket | None) -> bool:
+def is_unheard(sock: socket.socket) -> bool:
     """Whether the peer's system has not acknowledged our last write, as if it had closed the
     connection before; True if our system cannot tell."""
     with contextlib.suppress(OSError):
-        if sock is not None and sock.fileno() >= 0:  # else TLS has closed it
+        if sock.fileno() >= 0:  # else TLS has closed it
             return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
     return True
 
@@ -10194,7 +10194,7 @@ class Wire(asyncio.BufferedProtocol):
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
-        "_news", "_reads", "_timer", "_timer_at", "at_once",
+        "_socket", "_news", "_reads", "_timer", "_timer_at", "at_once",
     )
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -10234,8 +10234,10 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.lost = transport, False  # type: ignore[assignment]
         self.is_tls = transport.get_extra_info("sslcontext") is not None
+        # TLS forgets it some turns of the loop before it says that the connection is lost.
+        self._socket = transport.get_extra_info("socket")
         if self.side is Blame.SERVER:
-            keep_alive(transport.get_extra_info("socket"))
+            keep_alive(self._socket)
             self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -10296,7 +10298,7 @@ class Wire(asyncio.BufferedProtocol):
             return
         self.gone, self.clean = True, clean
         if self.reused:
-            self.unheard = is_unheard(self.transport.get_extra_info("socket"))
+            self.unheard = is_unheard(self._socket)
         if self.sink is not None:
             self.sink.lost(self)
         if self.on_gone is not None:
@@ -10466,7 +10468,7 @@ class Wire(asyncio.BufferedProtocol):
         self.held = True
         self.transport.pause_reading()
         if self.backlog is not None:
-            self.descriptor = self.transport.get_extra_info("socket").fileno()
+            self.descriptor = self._socket.fileno()
             self.backlog.watch(self.descriptor, self.loop, self.leave)
 
     def release(self) -> None:
@@ -10485,8 +10487,7 @@ class Wire(asyncio.BufferedProtocol):
         if self.lost:
             return
         with contextlib.suppress(OSError):
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     async def close(self, silence_s: float, linger_s: float) -> None:
@@ -10496,7 +10497,8 @@ class Wire(asyncio.BufferedProtocol):
         Raises TimeoutError."""
         self.sink = Sink()
         self.take()
-        self.transport.set_write_buffer_limits(1, 0)  # from now on, `blocked` until all is out
+        if not self.transport.is_closing():
+            self.transport.set_write_buffer_limits(1, 0)  # now `blocked` until all is out
         await self.unblocked(silence_s)
         if self.transport.can_write_eof() and not (self.gone or self.lost):
             self.transport.write_eof()

@@ -83,12 +83,16 @@ def table(*rows):
 
 
 def asynchronous(test):
-    """Run a coroutine test; one that hangs fails after a minute."""
+    """Run a coroutine test; one that hangs fails after a minute.  So does one in which a callback
+    of the event loop raises, which asyncio only logs."""
 
     async def whole(*args, **kwargs):
+        raised = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: raised.append(told))
         await asyncio.wait_for(test(*args, **kwargs), 60)
         for _ in range(5):  # turns of the loop in which aborted connections are closed
             await asyncio.sleep(0)
+        assert not raised
 
     @functools.wraps(test)
     def run(*args, **kwargs):
@@ -9013,6 +9017,39 @@ async def test_nothing_is_written_behind_a_gap():
         assert b"B" not in got
         pump.done.cancel()
         server.abort()
+
+
+@pytest.mark.parametrize("turns", range(5))
+@pytest.mark.parametrize("act", table(
+    ("closed", lambda wire: asyncio.ensure_future(wire.close(5, 5))),
+    ("reset", lambda wire: wire.reset()),
+    ("held", lambda wire: wire.hold()),
+))
+@asynchronous
+async def test_a_wire_that_is_being_lost_may_still_be_used(tmp_path, act, turns):
+    """With TLS, it has no socket some turns of the loop before it is said to be lost."""
+    (path := tmp_path / "cert").write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opening = asyncio.ensure_future(asyncio.open_connection(
+            *listener.getsockname(), ssl=context_for(path), limit=1))
+        await eventually(lambda: select.select([listener], [], [], 0)[0], "a client connects")
+        sock, _ = listener.accept()
+    wire = lite.Wire(lite.Blame.CLIENT, lite.Backlog(1 << 20))
+    await wire.loop.connect_accepted_socket(lambda: wire, sock, ssl=context)
+    _, writer = await opening
+    while not wire.blocked:
+        wire.transport.write(b"A" * 20_000)
+        await asyncio.sleep(0)
+    wire.abort()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    acted = act(wire)
+    await eventually(lambda: wire.lost, "the wire is lost")
+    if acted is not None:
+        await acted
+    writer.transport.abort()
 
 
 @pytest.mark.parametrize("content, at_once", [(b"x", 16 * 1024), (b"x" * 200, 256 * 1024)])
@@ -20302,7 +20339,8 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
                 sink.close()
 
             try:
-                await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
+                with contextlib.suppress(asyncio.CancelledError):  # asyncio 3.11 calls it a mistake
+                    await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
             finally:
                 for one in (outer, writer):
                     one.transport.abort()
