@@ -10091,6 +10091,14 @@ def is_unheard(sock: socket.socket) -> bool:
     return True
 
 
+def is_quiet(sock: socket.socket) -> bool:
+    """Whether nothing has arrived that the loop has yet to read, not even an end.  On an idle
+    connection it would be taken for the answer to the next request."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
+
+
 # ══════════
 #  45  backlog
 # ══════════
@@ -10194,7 +10202,7 @@ class Wire(asyncio.BufferedProtocol):
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
-        "_socket", "_news", "_reads", "_timer", "_timer_at", "at_once",
+        "tcp", "_news", "_reads", "_timer", "_timer_at", "at_once",
     )
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -10234,10 +10242,10 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.lost = transport, False  # type: ignore[assignment]
         self.is_tls = transport.get_extra_info("sslcontext") is not None
-        # TLS forgets it some turns of the loop before it says that the connection is lost.
-        self._socket = transport.get_extra_info("socket")
+        # The TCP socket; TLS forgets it some turns of the loop before it calls `connection_lost`.
+        self.tcp = transport.get_extra_info("socket")
         if self.side is Blame.SERVER:
-            keep_alive(self._socket)
+            keep_alive(self.tcp)
             self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -10298,7 +10306,7 @@ class Wire(asyncio.BufferedProtocol):
             return
         self.gone, self.clean = True, clean
         if self.reused:
-            self.unheard = is_unheard(self._socket)
+            self.unheard = is_unheard(self.tcp)
         if self.sink is not None:
             self.sink.lost(self)
         if self.on_gone is not None:
@@ -10468,7 +10476,7 @@ class Wire(asyncio.BufferedProtocol):
         self.held = True
         self.transport.pause_reading()
         if self.backlog is not None:
-            self.descriptor = self._socket.fileno()
+            self.descriptor = self.tcp.fileno()
             self.backlog.watch(self.descriptor, self.loop, self.leave)
 
     def release(self) -> None:
@@ -10487,7 +10495,7 @@ class Wire(asyncio.BufferedProtocol):
         if self.lost:
             return
         with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     async def close(self, silence_s: float, linger_s: float) -> None:
@@ -10749,6 +10757,14 @@ class MessageReader:
         self.buffer += piece
         return piece != b""
 
+    async def is_quiet(self) -> bool:
+        """Whether nothing has been read that was not asked for, not even an end.  Raises
+        PeerGone."""
+        async with at_most(0):
+            await self.more()
+            return False
+        return True
+
     async def await_departure(self) -> None:
         """Wait, and raise PeerGone once the peer leaves or has sent more than a head may have."""
         while len(self.buffer) <= HEAD_LIMIT_BYTES and await self.more():
@@ -10838,7 +10854,7 @@ class HttpClient(Upstream):
         if (stream := self._take_idle()) is not None:
             with contextlib.suppress(Stale):
                 async with within(timeout_s):
-                    return await self._exchange(stream, message, take)
+                    return await self._exchange(stream, message, take, True)
         left_s = deadline - loop_time()
         try:
             async with within(left_s):
@@ -10848,16 +10864,20 @@ class HttpClient(Upstream):
             raise connect_failure(error, timeout_s, self.tls() is not None) from None
         async with within(deadline - loop_time()):
             return await self._exchange(
-                (MessageReader(reader, Blame.SERVER), writer), message, take)
+                (MessageReader(reader, Blame.SERVER), writer), message, take, False)
 
     async def _exchange(
-        self, stream: Stream, message: bytes, take: Callable[[bytes], object]
+        self, stream: Stream, message: bytes, take: Callable[[bytes], object], reused: bool
     ) -> int:
-        """As `ask`, on one connection.  Raises Stale if it ends before an answer."""
+        """As `ask`, on one connection.  Raises Stale if it ends before an answer, or a `reused` one
+        brought something that was not asked for."""
         (server, writer), left_bytes, reusable = stream, self.limit_bytes, False
         try:
-            writer.write(message)
             try:
+                if reused and (writer.is_closing() or not (
+                        is_quiet(writer.get_extra_info("socket")) and await server.is_quiet())):
+                    raise server.departure("not quiet while it was idle")
+                writer.write(message)
                 head, length = await read_final_head(server)
             except PeerGone as gone:
                 raise Stale(str(gone), gone.fault) from None
@@ -10977,10 +10997,11 @@ class Pool(Upstream):
         while self.idle and stale is None:
             wire, _ = self.idle.popitem()
             wire.sink = None
-            if not (wire.gone or wire.transport.is_closing()):
+            if not (wire.gone or wire.transport.is_closing()) and is_quiet(wire.tcp):
                 wire.reused, wire.reusable = True, False
                 wire.taken_at = wire.loop.time()
                 return wire
+            wire.abort()
         try:
             return await self.dial(connect_timeout_s)
         except PeerGone as gone:
@@ -15281,7 +15302,7 @@ class Balancer:
         self.follower = Follower(
             self.core, path, overrides or {}, self.adopt, self.adopt_secrets)
         self.port = self.operator_port = 0  # the ports it listens on
-        self._sockets: Sockets = {}
+        self.tcps: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self.handover = Handover(self.core)
@@ -15292,7 +15313,7 @@ class Balancer:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         if it cannot listen on its address."""
         core, secrets = self.core, Secrets(self.core.settings)
-        self._sockets = self.listen()
+        self.tcps = self.listen()
         # Names are looked up in threads; a few lookups that hang must not delay all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
@@ -15304,7 +15325,7 @@ class Balancer:
             log.removeHandler(keeper)
 
     async def serve(self, ready: Callable[[], object], secrets: Secrets) -> None:
-        core, sockets, process = self.core, self._sockets, self.core.process
+        core, sockets, process = self.core, self.tcps, self.core.process
         async with asyncio.TaskGroup() as self._tasks:
             self._watchers = Watchers(core, self._tasks)
             self._services = Services(core, self._tasks)
@@ -15407,7 +15428,7 @@ class Balancer:
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
-        if await self.handover.run(command, self._sockets, self._front):
+        if await self.handover.run(command, self.tcps, self._front):
             self._stop.set()
 
     async def pulse(self) -> None:

@@ -8550,6 +8550,17 @@ async def test_an_idle_connection_that_dies_unheard_is_replaced_once():
         assert len(came) == 2
 
 
+@pytest.mark.parametrize("turns", range(4))
+@asynchronous
+async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next(turns):
+    async with asking([SMALL] * 2, [SMALL]) as (client, came):
+        assert await client.fetch("/health", 5.0) == (200, b"ok")
+        came[0].write(SMALL.replace(b"200 OK", b"503 No"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await client.fetch("/health", 5.0) == (200, b"ok") and len(came) == 2
+
+
 @asynchronous
 async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept():
     async with asking([SMALL] * 3, [SMALL] * 3) as (client, came):
@@ -9896,6 +9907,11 @@ async def test_a_connection_whose_close_met_the_request_is_replaced(reset):
 
     async def exchange(stale=None):
         wire = await pool.acquire(1, stale)
+        if wire.reused:  # which nobody has seen yet when the next request is written
+            if reset:
+                socks[-1].setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socks[-1].close()
         try:
             wire.transport.write(b"POST /v1/x HTTP/1.1\r\n\r\n")
             head, _ = await lite.read_response_head(wire, lite.INFINITY)
@@ -9912,16 +9928,38 @@ async def test_a_connection_whose_close_met_the_request_is_replaced(reset):
         await loop.sock_sendall(sock, b"HTTP/1.1 204 X\r\n\r\n")
         return sock
 
+    socks = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         pool = lite.Pool(lite.ServerSettings("http://127.0.0.1:%d" % listener.getsockname()[1]))
         for _ in range(3):
             sock, answer = await asyncio.gather(answer_one(), exchange())
             assert answer == (204, False) and len(pool.idle) == 1
-            if reset:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()  # which nobody has seen yet when the next request is written
+            socks.append(sock)
         pool.close()
+        sock.close()
+
+
+@pytest.mark.parametrize("act", table(
+    ("more than was asked", lambda sock: sock.send(SMALL)),
+    ("an end", lambda sock: sock.shutdown(socket.SHUT_WR)),
+))
+@asynchronous
+async def test_a_connection_on_which_something_came_is_not_used_again(act):
+    """Even if that has yet to be read when the next request comes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pool = lite.Pool(lite.ServerSettings("http://127.0.0.1:%d" % listener.getsockname()[1]))
+        wires = [await pool.acquire(1) for _ in range(2)]
+        for wire in wires:
+            wire.reusable = True
+            pool.keep(wire)
+        socks = {sock.getpeername(): sock for sock, _ in (listener.accept() for _ in wires)}
+        act(socks[wires[1].transport.get_extra_info("sockname")])  # the next to be used
+        assert await pool.acquire(1) is wires[0] and not pool.idle
+        await eventually(lambda: wires[1].lost, "the other one is closed")
+        wires[0].abort()
+        for sock in socks.values():
+            sock.close()
 
 
 @pytest.mark.parametrize("worked_s", [0, lite.STALE_S * 1.2])
