@@ -16761,10 +16761,10 @@ class ApiServer(HttpClient):
             self.key_line += f"Authorization: Bearer {cluster.token}\r\n"
 
     async def _exchange(
-        self, stream: Stream, message: bytes, take: Callable[[bytes], object]
+        self, stream: Stream, message: bytes, take: Callable[[bytes], object], reused: bool
     ) -> int:
         keep_alive(stream[1].get_extra_info("socket"))  # it may be silent for minutes
-        return await super()._exchange(stream, message, take)
+        return await super()._exchange(stream, message, take, reused)
 
     def begins(self, head: ResponseHead) -> None:
         self.head = head
