@@ -19177,8 +19177,7 @@ class Life:
     def counted(self, now: float) -> dict[str, float]:
         """What is reported of it, with the sleep that goes on."""
         asleep_s = now - self.since if self.phase is Phase.SLEEPING else 0.0
-        found = {key: getattr(self, key) for key in LIFE_COUNTS}
-        return found | {"slept_s": self.slept_s + asleep_s}
+        return kept_of(self, LIFE_COUNTS) | {"slept_s": self.slept_s + asleep_s}
 
     @property
     def given_up(self) -> bool:
@@ -19789,8 +19788,8 @@ def grow(
 
 def promised(model: ModelSettings, place: Spot, hosts: Sequence[HostView]) -> Seat:
     """The seat of an instance that is to be launched."""
-    totals = next(host.total_gb for host in hosts if host.name == place.host)
-    gb = memory_on(model, min(totals[n] for n in place.devices)) if place.devices else 0.0
+    totals_gb = next(host.total_gb for host in hosts if host.name == place.host)
+    gb = taken_gb(model, totals_gb, place.devices)
     return Seat("", model.alias, place.host, place.devices, gb, Phase.STARTING, model)
 
 
@@ -20078,6 +20077,16 @@ def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) 
     return Child(popen.pid, output, popen)
 
 
+def kept_of(one: object, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in names}
+
+
+def restore_kept(one: object, names: Iterable[str], saved: Mapping[str, Any]) -> None:
+    """Set attributes to what `kept_of` returned, in the types that they have."""
+    for name in names:
+        setattr(one, name, type(getattr(one, name))(saved[name]))
+
+
 def adopted_child(pid: int, started: int) -> Child:
     """A process that a predecessor started; it may have ended.  A start of -1 is that of none."""
     output, path = None, f"/proc/{pid}/fd/1"
@@ -20155,7 +20164,10 @@ SLEEP_CALL_S = 120.0  # for /sleep and /wake_up
 SLEEPER_GB = 1.0  # of each device that a sleeping instance holds, if that is unknown
 PORT_TAKEN = "address already in use"
 LOADED = re.compile(r"[Ll]oading (?:weights|model) took ([\d.]+) Gi?B")
-RELOADED = (  # after a sleep of level 2; then /wake_up?tags=kv_cache
+# Of an instance that a successor takes over, beside what its life counts.
+INSTANCE_KEPT = ("port", "command", "awake_gb", "held_gb", "weights_gb", "level", "digest",
+                 "created_at")
+RELOADED = (  # after a sleep of level 2
     ("/wake_up?tags=weights", b""), ("/collective_rpc", b'{"method":"reload_weights"}'),
     ("/wake_up?tags=kv_cache", b""), ("/reset_prefix_cache", b""))
 
@@ -20347,8 +20359,7 @@ class Agent:
         devices = tuple(map(int, saved["devices"]))
         now = loop_time()
         life = self.lives[model.alias, name] = Life(now)
-        for key in LIFE_COUNTS:
-            setattr(life, key, type(getattr(life, key))(saved.get(key, 0)))
+        restore_kept(life, LIFE_COUNTS, saved)
         if not child.alive or phase is Phase.STOPPING:
             if ours:
                 await child.end(0.0)
@@ -20361,12 +20372,10 @@ class Agent:
         life.phase, said = Phase.STARTING, said_of(model)
         with contextlib.suppress(LookupError):  # it runs, even if its profile is gone
             model = with_profile(model, self.profiles)
-        one = Instance(name, model, devices, life, float(saved["awake_gb"]))
-        one.said = said
-        one.child, one.command, one.digest = child, list(saved["command"]), str(saved["digest"])
-        one.held_gb, one.level = float(saved["held_gb"]), int(saved["level"])
-        one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
-        one.listens(int(saved["port"]))
+        one = Instance(name, model, devices, life, 0.0)
+        one.said, one.child = said, child
+        restore_kept(one, INSTANCE_KEPT, saved)
+        one.listens(one.port)
         if phase is not Phase.STARTING:
             asleep = sleeps(model) and await one.says_asleep()
             life.phase = Phase.SLEEPING if asleep else Phase.RUNNING
@@ -20378,12 +20387,9 @@ class Agent:
     def saved(self) -> list[dict[str, Any]]:
         return [{
             "name": one.name, "alias": one.model.alias, "model": one.said,
-            "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
-            "started": one.child.started, "output": one.child.output_id,
-            "status": one.life.phase.value, "command": one.command,
-            "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
-            "level": one.level, "digest": one.digest, "created_at": one.created_at,
-            **{key: getattr(one.life, key) for key in LIFE_COUNTS},
+            "devices": list(one.devices), "pid": one.child.pid, "started": one.child.started,
+            "output": one.child.output_id, "status": one.life.phase.value,
+            **kept_of(one, INSTANCE_KEPT), **kept_of(one.life, LIFE_COUNTS),
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
@@ -20823,19 +20829,17 @@ class Uses:
         self.high_at: dict[str, float] = {}
         self.low_at: dict[str, float] = {}
 
-    def note_load(self, model: ModelSettings, load: float, now: float) -> None:
+    def demand(self, model: ModelSettings, load: float, host: str, now: float) -> Demand:
         for at, holds in ((self.high_at, load >= model.scale_up_at),
                           (self.low_at, load < model.scale_down_at)):
             if holds:
                 at.setdefault(model.alias, now)
             else:
                 at.pop(model.alias, None)
-
-    def demand(self, alias: str, load: float, host: str, now: float) -> Demand:
-        since = self.waiting.get(alias) or {}
+        since = self.waiting.get(model.alias) or {}
         return Demand(
             len(since), now - min(since.values(), default=now), load,
-            now - self.high_at.get(alias, now), now - self.low_at.get(alias, now), host)
+            *(now - at.get(model.alias, now) for at in (self.high_at, self.low_at)), host)
 
 
 # ══════════
@@ -20889,11 +20893,11 @@ class Holdings:
         models = self.core.settings.models
         return next((one for one in models if one.served == name), self.registered.get(name))
 
-    def instances(self, alias: str = "") -> Iterator[tuple[Host, dict[str, Any]]]:
-        """All instances, or a model's, each with its host."""
+    def instances(self, alias: str = "", name: str = "") -> Iterator[tuple[Host, dict[str, Any]]]:
+        """All instances, or a model's, or the one of that name, each with its host."""
         for host in self.hosts.values():
             for one in host.report()["instances"].values():
-                if alias in ("", one["model_alias"]):
+                if alias in ("", one["model_alias"]) and name in ("", one["alias"]):
                     yield host, one
 
     def seats(self, now: float) -> list[Seat]:
@@ -20945,25 +20949,24 @@ class Holdings:
             runs = phase is Phase.RUNNING and host.reachable
             if runs or (name in known and phase in LIVING + (Phase.FAILED,)
                         and one["retry_in_s"] is not None):
-                id, model = one["alias"], self.models.get(one["model_alias"])
-                servers[id] = dataclasses.replace(
-                    host.address_of(one), id=id, name=id,
+                model = self.models.get(one["model_alias"])
+                servers[name] = dataclasses.replace(
+                    host.address_of(one), id=name, name=name,
                     max_concurrent_requests=model.max_concurrent_requests if model else AUTO,
                     weight=1.0 if runs and name not in self.leaving else 0.0)
                 self.seen_running[name] = one["pid"] if runs else known[name]
-                view, before = self.core.fleet.view(id), self.named.get(id)
-                back = before is not None and not before.weight and view and not view.healthy
-                if runs and (known.get(name) != one["pid"] or back):
-                    news.append(id)
-                elif runs and view and not view.healthy and self.uses.waiting.get(
-                        one["model_alias"]):
-                    stuck.append(id)
+                view, before = self.core.fleet.view(name), self.named.get(name)
+                ails = view is not None and not view.healthy
+                if runs and (known.get(name) != one["pid"]
+                             or ails and before is not None and not before.weight):
+                    news.append(name)
+                elif runs and ails and self.uses.waiting.get(one["model_alias"]):
+                    stuck.append(name)
         if servers != self.named:
             self.named = servers
             self.core.roster.define(Source.POOL, servers)
-        now = loop_time()
         for id in news:
-            self.core.judge(id, Health.become, State.CHECKING, "its process is new", now)
+            self.core.judge(id, Health.become, State.CHECKING, "its process is new", loop_time())
         for id in (*news, *(one for one in stuck if f"probe {one}" not in self.doing)):
             self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id, id in stuck))
 
@@ -20988,12 +20991,9 @@ class Holdings:
     def demands(self, now: float) -> dict[str, Demand]:
         found = dict[str, Demand]()
         for alias, model in self.models.items():
-            load = self.load_of(alias)
-            self.uses.note_load(model, load, now)
-            demand = self.uses.demand(alias, load, self.only_host(model), now)
-            if alias in self.wishes and not demand.waiting:
-                demand = demand._replace(waiting=1)
-            found[alias] = demand
+            demand = self.uses.demand(model, self.load_of(alias), self.only_host(model), now)
+            waiting = max(demand.waiting, alias in self.wishes)
+            found[alias] = demand._replace(waiting=waiting)
         return found
 
     def profiles(self) -> dict[str, ProfileSettings]:
@@ -21030,10 +21030,6 @@ class Holdings:
         base = f"{host}-{alias}".replace("/", "--")
         names = itertools.chain((base,), (f"{base}-r{n}" for n in itertools.count(2)))
         return next(name for name in names if name not in taken)
-
-    def levels_one(self, alias: str) -> bool:
-        model = self.models.get(alias)
-        return model is None or not model.deep_sleep_after_s or model.sleep_after_s > 0
 
     def why(self, alias: str) -> str:
         """Why a model does not get what it needs, or else its last act and the reason."""
@@ -21105,7 +21101,7 @@ class ModelPool(Holdings):
         """Raises PeerGone."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
-        aliases = [one["model_alias"] for _, one in self.instances() if one["alias"] == name]
+        aliases = [one["model_alias"] for _, one in self.instances(name=name)]
         self.acts |= dict.fromkeys(aliases, f"{verb}: by hand")
         log.info("by hand: model %s: %s", name, verb)
         try:
@@ -21335,30 +21331,28 @@ class ModelPool(Holdings):
     async def move(self, name: str, verb: str) -> None:
         """Have an instance wake, or sleep or stop once its requests have ended.  Raises PeerGone,
         LookupError, ValueError."""
-        host, one = next(((host, one) for host, one in self.instances() if one["alias"] == name),
-                         (None, None))
-        if host is None or one is None:
+        host, one = next(self.instances(name=name), (None, {}))
+        if host is None:
             raise LookupError(f"No instance {shown(name)} here.")
         if verb == "wake":
             await host.do(name, "wake")
-            self.core.fleet.woke(one["alias"])
+            self.core.fleet.woke(name)
             return
         self.leaving.add(name)
         try:
             self.define_servers()
-            await self.drained(one["alias"])
+            async with at_most(self.core.settings.drain_timeout):
+                while self.requests_at(name):
+                    await asyncio.sleep(0.02)
             if self.core.process.rests:
                 raise ValueError("a successor decides")
-            level = 2 if verb == "deepen" or not self.levels_one(one["model_alias"]) else 1
-            await host.do(name, "stop" if verb == "stop" else "sleep", level)
+            model = self.models.get(one["model_alias"])
+            deep = model is not None and 0 < model.deep_sleep_after_s and model.sleep_after_s <= 0
+            await host.do(name, "stop" if verb == "stop" else "sleep",
+                          2 if verb == "deepen" or deep else 1)
         finally:
             self.leaving.discard(name)
             self.define_servers()
-
-    async def drained(self, id: str) -> None:
-        async with at_most(self.core.settings.drain_timeout):
-            while self.requests_at(id):
-                await asyncio.sleep(0.02)
 
     async def look_again(self, alias: str) -> None:
         """Refresh the reports on a model's instances, whose processes may have ended since."""
@@ -21489,8 +21483,7 @@ class FollowedPool(ModelPool):
 
     async def by_hand(self, name: str, verb: str) -> None:
         """Ask the manager to act on a model, or on an instance's model.  Raises PeerGone."""
-        alias = next((one["model_alias"] for _, one in self.instances() if one["alias"] == name),
-                     name)
+        alias = next((one["model_alias"] for _, one in self.instances(name=name)), name)
         model = self.models.get(alias, ModelSettings(alias))
         path = f"/admin/models/{urllib.parse.quote(alias)}/{verb}"
         await self.ask(path, b"", model.wake_timeout_s + model.start_timeout_s)
@@ -21531,22 +21524,29 @@ class Wake(NamedTuple):
     anew: bool = False  # it was asked, and failed
 
 
+def carried_out(
+    plan: Plan, but_for: Collection[Fault | None]
+) -> Generator[Any, Outcome, Outcome | None]:
+    """Carries out a plan; if it would give up for one of these faults, returns that outcome."""
+    with contextlib.suppress(StopIteration):
+        step = next(plan)
+        while not (isinstance(step, GiveUp) and step.outcome.fault in but_for):
+            step = plan.send((yield step))
+        return step.outcome
+    return None
+
+
 def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) -> Plan:
     """The plan `otherwise`, once the model can be asked; then `again`, if the model's process has
     ended before the client was shown anything."""
     plan, failure = otherwise, WELL
     for n in range(WAKES_LIMIT):
-        woken = yield Wake(model, n > 0)  # type: ignore[misc]
-        if woken.fault is not None:
-            failure = woken
+        failure = yield Wake(model, n > 0)
+        if failure.fault is not None:
             break
-        try:
-            step = next(plan)
-            while not (isinstance(step, GiveUp) and step.outcome.fault in WAKE_AFTER):
-                step = plan.send((yield step))
-        except StopIteration:
+        if (failed := (yield from carried_out(plan, WAKE_AFTER))) is None:
             return
-        failure, plan = step.outcome, again()
+        failure, plan = failed, again()
     yield GiveUp(failure)
 
 
@@ -21557,13 +21557,8 @@ def refusing_plan(fault: Fault, text: str) -> Plan:
 def proxied_plan(otherwise: Plan) -> Plan:
     """An agent's plan for a manager's request, to which 503 would mean a busy model, not a process
     that has ended: a missing server becomes 502."""
-    try:
-        step = next(otherwise)
-        while not (isinstance(step, GiveUp) and step.outcome.fault is Fault.NO_SERVER):
-            step = otherwise.send((yield step))
-    except StopIteration:
-        return
-    yield GiveUp(step.outcome._replace(fault=Fault.CONNECT_FAILED))
+    if (failed := (yield from carried_out(otherwise, (Fault.NO_SERVER,)))) is not None:
+        yield GiveUp(failed._replace(fault=Fault.CONNECT_FAILED))
 
 
 async def carry_out_wake(exchange: Exchange, step: Wake) -> Outcome:
@@ -21646,25 +21641,19 @@ class PoolPlanner:
         reports = {one["alias"]: one for _, one in pool.instances()}
         seats = pool.seats(now)
         for alias, model in pool.models.items():
-            common = {"model": alias, "waiting": len(pool.uses.waiting.get(alias, ()))}
-            found = [seat for seat in seats if seat.alias == alias]
-            blocked = pool.why_not.get(alias, "") or pool.impossible(model)
-            for seat in found:
-                one = reports.get(seat.name, {})
-                where = f"{seat.host}:{','.join(map(str, seat.devices))}".rstrip(":")
-                failed = seat.phase is Phase.FAILED
+            for seat in [one for one in seats if one.alias == alias] or [None]:
+                phase = seat.phase if seat else Phase.ABSENT
+                one = reports.get(seat.name, {}) if seat else {}
+                blocked = "" if seat else pool.why_not.get(alias) or pool.impossible(model)
+                where = f"{seat.host}:{','.join(map(str, seat.devices))}" if seat else ""
                 rows.append({
-                    **common, "state": seat.phase.value, "where": where, "gb": seat.gb,
-                    "since_s": round(seat.age_s, 1), "idle_s": round(seat.idle_s, 1),
-                    "starts": one.get("starts", 0), "reason": one.get("reason", ""),
-                    "next": next_step(model, seat), "acts": acts_on(model, seat.phase),
-                    "why": one["reason"] if failed else pool.why(alias)})
-            if not found:
-                rows.append({**common, "state": "absent", "where": "", "gb": 0.0, "since_s": None,
-                             "idle_s": None, "starts": 0, "reason": "",
-                             "why": blocked or pool.why(alias),
-                             "next": next_step(model, None, blocked),
-                             "acts": acts_on(model, Phase.ABSENT)})
+                    "model": alias, "waiting": len(pool.uses.waiting.get(alias, ())),
+                    "state": phase.value, "where": where.rstrip(":"), "gb": seat.gb if seat else 0,
+                    "since_s": seat and round(seat.age_s, 1),
+                    "idle_s": seat and round(seat.idle_s, 1), "starts": one.get("starts", 0),
+                    "reason": one.get("reason", ""), "next": next_step(model, seat, blocked),
+                    "acts": acts_on(model, phase), "why": one["reason"] if phase is Phase.FAILED
+                    else blocked or pool.why(alias)})
         return rows
 
 
@@ -21716,19 +21705,15 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict[str, Any]:
-    view = pool.core.fleet.view(one["alias"])
+    view, model = pool.core.fleet.view(one["alias"]), pool.models.get(one["model_alias"])
     in_flight = view.counts.in_flight if view else 0
     return {**one, "instance_alias": one["alias"], "worker_id": host.name,
             "worker_url": host.address_of(one).url, "inflight_requests": in_flight,
-            "leaving": one["alias"] in pool.leaving, "aliased": is_aliased(pool, one),
+            "leaving": one["alias"] in pool.leaving,
+            "aliased": model is not None and model.served != model.alias,  # as clients know it
             "capacity": round(view.capacity) if view else 0,
             "load": round(in_flight / view.capacity, 3) if view else 0.0,
             "active": one["status"] == "running"}
-
-
-def is_aliased(pool: ModelPool, one: Mapping[str, Any]) -> bool:
-    model = pool.models.get(one["model_alias"])
-    return model is not None and model.served != model.alias
 
 
 def alias_named(pool: ModelPool, name: str) -> str:
@@ -21860,13 +21845,7 @@ ENDPOINTS |= operated(Kind.ADMIN, {
     "/admin/models/{alias}": {"DELETE": forget_model, "POST": operate_model},
     "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
     "/unload": {"POST": unload_models},
-})
-
-ENDPOINTS["/running"] = {"GET": Endpoint(
-    Kind.STATUS, functools.partial(run_operation, running_report), False,
-    running_report.__doc__ or "")}
-
-
+}) | operated(Kind.STATUS, {"/running": {"GET": running_report}})
 LOG_LOOK_S = 0.3  # between two looks at the output of a process
 
 
@@ -21970,8 +21949,7 @@ async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
     if not start.isascii() or not start.isdecimal() or len(start) > 15:
         start = str(max(0, one.child.output_size() - 8192) if one.child else 0)
     said, at, alive = await LocalHost(agent_of(core)).output_from(one.name, int(start))
-    return {**one.document(loop_time()), "log": said, "log_at": at,
-            "alive": alive}
+    return {**one.document(loop_time()), "log": said, "log_at": at, "alive": alive}
 
 
 def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
@@ -22011,16 +21989,20 @@ ENDPOINTS |= operated(Kind.ADMIN, {
 })
 
 
-def manager_client(args: argparse.Namespace, key: str) -> HttpClient:
-    """A client for the manager.  Raises SettingsError."""
-    entry = {"url": args.manager, "ca_file": args.ca_file} | ({"api_key": key} if key else {})
-    settings, _ = parse_settings("", "worker", {"servers": ([entry], "--manager")})
+def balancer_client(where: str, **entry: Any) -> HttpClient:
+    """A client for another balancer, whose entry is that of a server.  Raises SettingsError."""
+    given = {key: value for key, value in entry.items() if value != ""}
+    settings, _ = parse_settings("", where, {"servers": ([given], where)})
     return HttpClient(settings.servers[0], Secrets(settings))
+
+
+def manager_client(args: argparse.Namespace, key: str = "") -> HttpClient:
+    return balancer_client("--manager", url=args.manager, ca_file=args.ca_file, api_key=key)
 
 
 async def manager_state(args: argparse.Namespace) -> str:
     """Whether the manager answers: "answers", or what is wrong."""
-    with contextlib.closing(manager_client(args, "")) as client:
+    with contextlib.closing(manager_client(args)) as client:
         try:
             status, found = await client.fetch("/liveness", 5.0)
         except NO_ANSWER as error:
@@ -22029,8 +22011,10 @@ async def manager_state(args: argparse.Namespace) -> str:
 
 
 async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
-    """Register at the manager again and again, until cancelled."""
+    """Register at the manager again and again, once its requests can be answered."""
     client, said = manager_client(args, key), ""
+    while not (balancer.port and POOL in balancer.core.services):
+        await asyncio.sleep(LOOK_AT_POOL_S / 5)
     while True:
         agent = pool_of(balancer.core).agent
         document = {
@@ -22052,19 +22036,18 @@ async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str)
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    given = os.environ.get
-    parser.add_argument("file", nargs="?", help="a settings file, for [[profiles]] and [devices]")
-    parser.add_argument("--manager", default=given("MANAGER_URL", ""), metavar="URL",
-                        help="the balancer to register at")
-    parser.add_argument("--ca-file", default=given("MANAGER_CA_FILE", ""), metavar="FILE",
-                        help="https: certificates to trust for it")
-    parser.add_argument("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
-    parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"),
-                        help="address to listen on")
-    parser.add_argument("--port", default=given("WORKER_PORT", "7000"), help="port (default 7000)")
-    parser.add_argument("--public-url", default=given("PUBLIC_URL", ""), metavar="URL",
-                        help="where it is reached from the manager, if that is elsewhere")
-    parser.add_argument("--check", action="store_true", help="say what is amiss, and end")
+    add, given = parser.add_argument, os.environ.get
+    add("file", nargs="?", help="a settings file, for [[profiles]] and [devices]")
+    add("--manager", default=given("MANAGER_URL", ""), metavar="URL",
+        help="the balancer to register at")
+    add("--ca-file", default=given("MANAGER_CA_FILE", ""), metavar="FILE",
+        help="https: certificates to trust for it")
+    add("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
+    add("--host", default=given("WORKER_HOST", "0.0.0.0"), help="address to listen on")
+    add("--port", default=given("WORKER_PORT", "7000"), help="port (default 7000)")
+    add("--public-url", default=given("PUBLIC_URL", ""), metavar="URL",
+        help="where it is reached from the manager, if that is elsewhere")
+    add("--check", action="store_true", help="say what is amiss, and end")
 
 
 @command("worker", "an agent: runs models on this machine for a balancer", add_worker_arguments,
@@ -22100,16 +22083,10 @@ def run_worker(args: argparse.Namespace) -> int:
                 if args.manager:
                     ends.callback(asyncio.ensure_future(guarded(
                         balancer.core, "registering",
-                        lambda: register_when_ready(balancer, args, key))).cancel)
+                        lambda: register_agent(balancer, args, key))).cancel)
                 await run(balancer)
 
         return serve_until_stopped(start)
-
-
-async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
-    while not (balancer.port and POOL in balancer.core.services):
-        await asyncio.sleep(LOOK_AT_POOL_S / 5)
-    await register_agent(balancer, args, key)
 
 
 def devices_here(s: Settings) -> list[Device]:
@@ -23710,10 +23687,8 @@ def run_top(args: argparse.Namespace) -> int:
         with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
             sock.send(json_line({"why": run_screen(sock, remote=False)}))
         return 0
-    entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
-             "verify": not args.insecure}
-    settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
-    client = HttpClient(settings.servers[0], Secrets(settings))
+    client = balancer_client("top", url=args.url, api_key_file=args.key_file, ca_file=args.ca_file,
+                             verify=not args.insecure)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return fail("top: expected a terminal")
     ours, theirs = socket.socketpair()
