@@ -16018,9 +16018,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ────────────────────────────────────────── the ruler ─────────────────────────────────────────
-# Above: all that runs for a servers.toml of five lines.  Below: what runs only when a setting, a
-# subcommand, a terminal or a browser asks for it, by rows of COMMANDS, ENDPOINTS, SCREENS and
-# SERVICES.
 
 
 # ━━━ part XI: discovery ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -16030,9 +16027,8 @@ def main(argv: list[str] | None = None) -> int:
 #  74  names
 # ══════════
 #
-# Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
-# Each name has at most one lookup under way, in a thread of its own, so that one which hangs
-# delays nothing.  A failed lookup changes nothing: the addresses known before stay in use.
+# Each name has at most one lookup under way, in a thread of its own, so that one which hangs delays
+# nothing.  After a failed one, the addresses known before stay in use.
 
 LOOKUP_LIMIT_S = 10.0  # a slower lookup counts as failed, although its end is still awaited
 LOOKUPS_AT_ONCE = 32
@@ -16050,8 +16046,8 @@ def look_up(host: str, family: socket.AddressFamily) -> Sequence[str]:
 def first_family(
     resolve: Resolve, host: str, families: Sequence[socket.AddressFamily]
 ) -> tuple[str, ...]:
-    """A name's addresses in the first of these families that it has any in.  Raises OSError when
-    it has none, or a lookup fails for another reason than that."""
+    """A name's addresses in the first of these families that has any.  Raises OSError if none has,
+    or a lookup fails otherwise."""
     for family in families:
         try:
             if found := resolve(host, family):
@@ -16069,7 +16065,7 @@ def at_addresses(entry: DnsSettings, addresses: Iterable[str]) -> dict[str, Serv
 
 
 def in_thread(work: Callable[..., Result], *about: Any) -> asyncio.Future[Result]:
-    """The future result of work done in a daemon thread, which cannot hold up the process's end."""
+    """The future result of work in a daemon thread, which cannot hold up the process's end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
@@ -16129,7 +16125,7 @@ class NameFollower:
             await asyncio.sleep(max(0.0, begun + refresh_s - loop_time()))
 
     def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
-        """Count a lookup, and say when failing begins and ends.  Returns whether it has failed."""
+        """Count a lookup, and say when failing begins and ends.  Returns whether it failed."""
         why = f"no answer within {LOOKUP_LIMIT_S:g} s"
         if lookup.done():
             why = error_text(error) if (error := lookup.exception()) else ""
@@ -16187,8 +16183,8 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 #  75  pods
 # ══════════
 #
-# Pods and EndpointSlices, and the servers they stand for.  Of an object only what makes servers is
-# kept, by its uid: the same name or address under another uid is another pod.
+# Of an object only what makes servers is kept, by its uid: the same name or address under another
+# uid is another pod.
 
 ANNOTATION_PREFIX = "mvllm-lite/"
 ANNOTATED = (  # the keys of its servers that a pod may set
@@ -16222,7 +16218,7 @@ def document_of(content: bytes) -> dict[str, Any]:
 
 
 def member_at(document: Any, *path: str) -> Any:
-    """The member of a JSON document at that path; None if there is none."""
+    """The member of a JSON document at that path, or None."""
     for key in path:
         document = document.get(key) if isinstance(document, dict) else None
     return document
@@ -16377,7 +16373,7 @@ class Offer(NamedTuple):
 
 def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
     """A server for each wanted port of the pod; `pools` are those in the settings."""
-    values, warnings = read_annotations(one, what, pools)
+    values, warnings = read_annotations(one, pools)
     wanted, names = values.pop("port", what.table.port) or (one.port,), dict(reversed(one.ports))
     numbers = [names.get(port, 0) if isinstance(port, str) else port for port in wanted]
     missing = [str(port or "at all") for port, number in zip(wanted, numbers) if not number]
@@ -16393,7 +16389,7 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
 
 
 def read_annotations(
-    one: Pod, what: Watched, pools: Collection[str]
+    one: Pod, pools: Collection[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The keys that a pod's annotations set, and a warning for each annotation that is ignored."""
     values, wrong = dict[str, Any](), list[str]()
@@ -16444,9 +16440,8 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 #  76  listing
 # ══════════
 #
-# What to ask the Kubernetes API next, and what its answers mean.  A list is taken page by page,
-# then a watch keeps it up to date.  Each event stands by itself, a new list repairs whatever was
-# missed, and while the API is silent everything stays as last known.
+# A list is taken page by page, then a watch keeps it up to date.  Each event stands by itself, a
+# new list repairs whatever was missed, and while the API is silent everything stays as last known.
 
 PAGE_OBJECTS = 100  # a pod is 5 to 60 kB, and a page of them is parsed in one turn of the loop
 WATCH_S = (240, 290)  # proxies cut idle streams after 300
@@ -16465,7 +16460,7 @@ class ApiFailure(NamedTuple):
 
 
 class Listing:
-    """The objects of one watch: a list, and every change since; and how it gets on with its API."""
+    """The objects of one watch: a list, and every change since; and how it fares with its API."""
 
     def __init__(self, what: Watched) -> None:
         self.what = what
@@ -16497,7 +16492,7 @@ class Listing:
         return self.what.path(watch=1, **since, allowWatchBookmarks="true", timeoutSeconds=watch_s)
 
     def take_page(self, page: Any) -> ApiFailure | None:
-        """Take a page of the list.  The last one completes it; objects in no page are gone."""
+        """Take a page of the list.  The last one completes it, and objects in no page are gone."""
         if not isinstance(member_at(page, "items"), (list, type(None))) or not isinstance(
                 member_at(page, "metadata"), dict):
             return ApiFailure(0, "its answer is not a list of Kubernetes objects")
@@ -16536,9 +16531,9 @@ class Listing:
                 self.failures = 0
 
     def failed(self, failure: ApiFailure, draw: random.Random) -> float:
-        """Note a failure, and list anew where the API can no longer go on from the version reached;
-        known objects stay until the new list is complete.  Returns the pause before the next
-        question, in seconds."""
+        """Note a failure, and list anew where the API cannot go on from the version reached; known
+        objects stay until that list is complete.  Returns the pause until the next question, in
+        seconds."""
         self.failures, self._failed_verb = self.failures + 1, self.verb
         label = str(failure.status or "no answer")
         self.errors[label] = self.errors.get(label, 0) + 1
@@ -16551,8 +16546,8 @@ class Listing:
 
 
 def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
-    """How long to wait after the n-th failure in a row: 1, 2, 4 … 30 s, up to half of it taken off
-    at random, so that several balancers do not ask at the same moment."""
+    """The pause after the n-th failure in a row: 1, 2, 4 … 30 s, up to half of it taken off at
+    random, so that several balancers do not ask at once."""
     share = draw.uniform(0.5, 1.0)
     if failure.status == GONE and failures == 1:
         return 0.0
@@ -16615,7 +16610,7 @@ class Lines:
 
 
 class Cluster(NamedTuple):
-    """How an API server is reached.  Token, certificates and key are given as text or as files."""
+    """How an API server is reached; token, certificates and key are text or files."""
 
     url: str
     token: str = ""
@@ -16663,7 +16658,7 @@ def parse_kubeconfig(text: str) -> Cluster:
 
 
 def kubeconfig_entry(document: Any, kind: str, name: str) -> dict[str, Any]:
-    """The entry of that name in one of the lists of a kubeconfig.  Raises ValueError."""
+    """Raises ValueError."""
     for one in objects_at(document, f"{kind}s"):
         if one.get("name") == name and isinstance(one.get(kind), dict):
             found: dict[str, Any] = one[kind]
@@ -16683,8 +16678,7 @@ def pem_at(document: Any, key: str) -> str:
 #  77  cluster
 # ══════════
 #
-# How the Kubernetes API is reached: where, and with which token and certificates.  They are read
-# again before each request, because Kubernetes renews them in place.
+# Token and certificates are read before each request, because Kubernetes renews them in place.
 
 ACCOUNT_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 LIST_TIMEOUT_S = 30.0
@@ -16840,8 +16834,8 @@ class Watch:
                            head.fields.get("retry-after"))
 
     async def _watch(self, api: ApiServer, path: str, timeout_s: float) -> ApiFailure | None:
-        """Take changes until the stream ends, which is no failure.  Raises what `ask` raises if
-        it never began."""
+        """Take changes until the stream ends, which is no failure.  Raises as `ask` if it never
+        began."""
         listing, lines, content, failures = self.listing, Lines(), bytearray(), list[ApiFailure]()
         version = listing.version
         begun, api.head, api.limit_bytes = loop_time(), None, INFINITY
@@ -16899,8 +16893,8 @@ class Watch:
 
 
 class Watches:
-    """All watches of the settings, and the servers they find together.  A watch that `before` had
-    already goes on from where it was."""
+    """All watches, and the servers they find together.  One that `before` had goes on from
+    there."""
 
     def __init__(
         self, core: Core, wanted: ClustersWanted, before: Watches | None = None
@@ -16964,7 +16958,7 @@ def watch_families(listings: Iterable[Listing], now: float) -> list[Family]:
 
 
 async def preview_pods(wanted: ClustersWanted) -> tuple[list[ServerSettings], list[str]]:
-    """The servers that one listing finds, and lines that say which pods are not used, and why."""
+    """The servers that one listing finds, and lines on which pods are not used, and why."""
     watches = [Watch(what, wanted.pools, lambda warnings: None)
                for table in wanted.tables for what in watches_of(table)]
     lines = itertools.chain.from_iterable(await asyncio.gather(*map(previewed, watches)))
@@ -17016,7 +17010,7 @@ ZMTP_READY = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0
 
 
 def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
-    """The bytes that follow a length of `width` bytes, and where they end.  Raises BadMessage."""
+    """The bytes behind a length of `width` bytes, and where they end.  Raises BadMessage."""
     start = at + width
     end = start + int.from_bytes(data[at:start], "big")
     if start > len(data) or end > len(data):
@@ -17035,7 +17029,7 @@ def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
 
 
 class ZmtpPeer:
-    """One connection of a ROUTER: bytes in, messages out, and in `answer` the bytes to send back.
+    """A connection of a ROUTER: bytes in, messages out, and in `answer` the bytes to send back.
     Raises BadMessage where the peer breaks the protocol, or its socket is of another type."""
 
     def __init__(self) -> None:
@@ -17136,8 +17130,8 @@ MSGPACK_SIZED = {  # what follows, and in how many bytes its length stands
 
 
 def parse_msgpack(data: bytes) -> Any:
-    """The one value in these bytes.  Binary becomes `str` like text, because old writers mixed them
-    up; extensions become None.  Raises BadMessage."""
+    """The one value in these bytes.  Binary becomes `str`, because old writers mixed the two up;
+    extensions become None.  Raises BadMessage."""
     at = 0
 
     def take(size: int) -> bytes:
@@ -17256,15 +17250,14 @@ class Registration:
 
 
 class RegistrationBook:
-    """Owns the registrations, and calls all of `on_change` after each change.  A mere sign of life
-    is not a change."""
+    """Owns the registrations, and calls all of `on_change` after each change but a sign of life."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, Registration] = {}
         self.on_change: list[Callable[[], object]] = []
 
     def servers(self) -> dict[str, ServerSettings]:
-        """All registered servers by id; where two registrations have one, the earlier counts."""
+        """By id; where two registrations have one server, the earlier counts."""
         return {id: one.servers[id] for id, one in self.owners().items()}
 
     def owners(self) -> dict[str, Registration]:
@@ -17325,8 +17318,8 @@ class RegistrationBook:
                  "silent_s": now - one.seen_at} for one in self.by_id.values()]
 
     def load(self, document: Iterable[Mapping[str, Any]], now: float) -> None:
-        """Take what a predecessor dumped.  Raises SettingsError or, for a malformed document,
-        ValueError, TypeError, KeyError or AttributeError; then nothing is taken."""
+        """Take what a predecessor dumped, all or nothing.  Raises SettingsError or, for a malformed
+        document, ValueError, TypeError, KeyError or AttributeError."""
         found = dict[str, Registration]()
         for one in document:
             placed = {host: (str(to), str(pin)) for host, (to, pin) in one["placed"].items()}
@@ -17384,7 +17377,7 @@ def registered_server(
     url: str, said: Mapping[str, Any], placed: Mapping[str, tuple[str, str]]
 ) -> ServerSettings:
     """Raises SettingsError."""
-    _, address = placed[urllib.parse.urlsplit(url).hostname or ""]
+    _, address = placed[host_of(url)]
     known = {key: said[key] for key in REGISTERED_KEYS if said.get(key) is not None}
     return dataclasses.replace(server_by_hand({"url": url, **known}), address=address)
 
@@ -17427,8 +17420,8 @@ class Peer(NamedTuple):
     resolved: Mapping[str, Sequence[str]] = {}  # also by these names, with their addresses
 
     def place(self, host: str) -> tuple[str, str]:
-        """A Placing.  A name is pinned to the address that was checked, so that it cannot mean
-        another one later; 0.0.0.0, on which many programs listen, means the peer's address."""
+        """A Placing.  A name is pinned to the address that was checked; 0.0.0.0, on which many
+        programs listen, means the peer's address."""
         literal, peer = ip_address_or_none(host), ip_address_or_none(self.host)
         if literal is not None and literal.is_unspecified:
             host, literal = self.host, peer
@@ -17459,8 +17452,8 @@ def ip_address_or_none(text: str) -> Any:
 
 
 def zmq_registration(said: Any, place: Placing) -> Registration | str:
-    """What a message of vLLM's P2pNccl connector registers; or why it registers nothing, '' where
-    nobody needs to know.  Raises SettingsError, BadMessage."""
+    """What a message of vLLM's P2pNccl connector registers; or why nothing, '' where nobody needs
+    to know.  Raises SettingsError, BadMessage."""
     if not isinstance(said, dict):
         raise BadMessage(f"a message is {shown(str(said))}, expected a map in msgpack")
     kind, address, http = map(said.get, ("type", "zmq_address", "http_address"))
@@ -17478,13 +17471,13 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 #  80  registering
 # ══════════
 #
-# The paths at which servers and agents register.  The roster follows the book of registrations.
+# The roster follows the book of registrations.
 
 RESOLVE_S = 5.0  # for a name in a registration
 
 
 class Registrations:
-    """The registrations of a running balancer, and the timer that ends silent ones."""
+    """A running balancer's registrations, and the timer that ends silent ones."""
 
     def __init__(self, core: Core) -> None:
         self.core, self.book = core, RegistrationBook()
@@ -17534,7 +17527,7 @@ class Registrations:
             self._timer = self.loop.call_at(due, self.expire, due)
 
     def expire(self, due: float) -> None:
-        """End the silent ones; but if this process itself was stalled, hear everybody first."""
+        """End the silent ones; if this process itself was stalled, hear everybody first."""
         self._timer, now = None, self.loop.time()
         if now > due + STALL_S:
             self.expire_by(now + 1.0)
@@ -17548,12 +17541,12 @@ class Registrations:
 
 
 async def peer_of(asked: Asked, said: Mapping[str, Any]) -> Peer:
-    """Who registers, with the addresses of the names in the content where they matter."""
+    """Who registers, with the addresses of names in the content where they matter."""
     assert asked.visit is not None
     resolved, s = dict[str, list[str]](), asked.visit.settings
     for key in URL_KEYS if s.registration_any_address else ():
         with contextlib.suppress(ValueError):
-            if host := urllib.parse.urlsplit(str(said.get(key, ""))).hostname:
+            if host := host_of(str(said.get(key, ""))):
                 resolved[host] = await addresses_of(host)
     return Peer(registrant_of(asked.visit), s.registration_any_address, resolved)
 
@@ -17732,9 +17725,8 @@ ENDPOINTS |= operated(Kind.ADMIN, {
 #  81  zmq listener
 # ══════════
 #
-# Where vLLM's connectors register over ZMQ.  ZMTP's NULL mechanism has no keys, so
-# registration_networks alone says who may register, and each peer is bounded: in what it sends, how
-# fast, how long it may be silent, and on how many connections.
+# ZMTP's NULL mechanism has no keys, so registration_networks alone says who may register, and each
+# peer is bounded: in what it sends, how fast, how long it is silent, and on how many connections.
 
 ZMQ_HANDSHAKE_S = 5.0
 ZMQ_SILENCE_S = 30.0  # after which a peer is dropped; connectors speak every 3 s
@@ -17753,8 +17745,8 @@ class ZmqListener:
         self._told: dict[tuple[str, str], float] = {}  # warnings given, and when
 
     def tell(self, host: str, text: str) -> None:
-        """Warn once of each thing, and of at most ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill
-        the disk."""
+        """Warn once of each thing, and of at most ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill the
+        disk."""
         now, told = loop_time(), self._told
         if len(told) >= ZMQ_TOLD and now > told[(oldest := next(iter(told)))] + ZMQ_TOLD_S:
             del told[oldest]
@@ -17938,15 +17930,15 @@ def shape_of(path: str, content: Content) -> LegShape:
 
 
 def has_builtin_tools(tools: Any) -> bool:
-    """Whether vLLM itself calls some of these tools.  It then generates several times with the
-    same handle, and no handle works twice."""
+    """Whether vLLM itself calls some of these tools: it then generates several times with one
+    handle, which works only once."""
     return isinstance(tools, list) and any(
         not isinstance(one, dict) or one.get("type") != "function" for one in tools)
 
 
 def with_members(content: Content, values: Mapping[str, bytes | None]) -> Content:
-    """A copy of a JSON object with these values of its members.  None removes a member; a missing
-    one is put in front.  Every other byte stays."""
+    """A copy of a JSON object with these values of members: None removes one, a missing one is put
+    in front.  Every other byte stays."""
     changed, spans = bytearray(content), member_spans(content, values)
     for name in sorted(spans, key=lambda name: -spans[name][0]):
         begin, end = spans[name]
@@ -18017,8 +18009,8 @@ def handle_in(said: bytes) -> bytes:
 
 class Merger:
     """Makes one answer of two.  The decode server counts transferred blocks as cached, so the
-    prefill server's count replaces its own; members that name our hosts are removed.  The answer
-    is fed in pieces: events are passed on once they are whole, a document at its end."""
+    prefill server's count replaces its own; members that name our hosts go.  Events are passed on
+    once they are whole, a document at its end."""
 
     def __init__(self, shape: LegShape, streams: bool) -> None:
         self.shape, self.streams = shape, streams
@@ -18052,7 +18044,7 @@ class Merger:
         return b"\n".join(lines)
 
     def merged(self, said: bytes) -> bytes:
-        """A document of the decode server, merged; the same bytes if there is nothing to change."""
+        """A document of the decode server, merged; the same bytes if nothing changes."""
         document = document_of(said)
         changed = without_handles(document)
         inner = document.get("response")
@@ -18066,7 +18058,7 @@ class Merger:
 
 
 def without_handles(document: dict[str, Any]) -> bool:
-    """Removes the members that servers exchange.  Returns whether there were any."""
+    """Removes what servers tell each other.  Returns whether there was any."""
     found = [name for name in RESERVED_MEMBERS if document.get(name) is not None]
     for name in found:
         del document[name]
@@ -18074,14 +18066,14 @@ def without_handles(document: dict[str, Any]) -> bool:
 
 
 def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
-    """How many tokens of the prompt a server reports as cached; None if it does not say."""
+    """The tokens of the prompt that a server reports as cached; None if it does not say."""
     details = typed_member(typed_member(document, "usage", dict), "prompt_tokens_details", dict)
     cached = details.get("cached_tokens")
     return cached if type(cached) is int and cached >= 0 else None
 
 
 def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
-    """Reports what the prefill server had cached.  Returns whether that changes the document."""
+    """Reports what the prefill server had cached.  Returns whether anything changes."""
     usage, cached = document.get("usage"), cached_tokens_of(prefill)
     if not isinstance(usage, dict):
         return False
@@ -18168,7 +18160,7 @@ class Connector:
         return b""
 
     def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
-        """The identity to remember of a prefill server with that handle; None if it has none."""
+        """The identity to remember of a prefill server with that handle, or None."""
         return None
 
     def shared(
@@ -18218,8 +18210,8 @@ class PlainConnector(Connector):
 @connector("nixl")
 class Nixl(Connector):
     """NixlConnector.  Pull: the prefill server's answer has a handle, which works once and is
-    passed on unread.  Push, if the answer says so: the decode server tells the prefill server where
-    to write.  It needs only a lasting identity, so after the first request both legs go at once."""
+    passed on unread.  Push, if the answer says so: the decode server says where to write.  It needs
+    only a lasting identity, so after the first request both legs go at once."""
 
     reads_late = True
     ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
@@ -18292,7 +18284,7 @@ class Mooncake(Connector):
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
     """The URL of a prefill server's bootstrap server; `port` is for a server that sets none."""
-    host = in_url(urllib.parse.urlsplit(server.url).hostname or "")
+    host = in_url(host_of(server.url))
     return f"http://{host}:{server.bootstrap_port or port or MOONCAKE_PORT}"
 
 
@@ -18306,9 +18298,9 @@ def engines_in(content: bytes) -> dict[str, str]:
 #  84  splitting
 # ══════════
 #
-# How a request is split between two servers, as a plan: which one reads the prompt, which one
-# answers, and what follows when either fails.  Transferred blocks are never used twice.  A request
-# that cannot or need not be split is sent whole to a server that decodes.
+# A plan says which server reads the prompt, which one answers, and what follows when either fails.
+# Transferred blocks are never used twice.  A request that cannot or need not be split is sent whole
+# to a server that decodes.
 
 TRANSFERS_LIMIT = 2  # failed transfers, after which a request is served plainly
 PREFILL_FAILED = "prefill"  # `more` of an outcome that is the prefill leg's
@@ -18347,7 +18339,7 @@ class Learn(NamedTuple):
 
 class Prefill(NamedTuple):
     """Have a prompt read while a place is kept at the decode server.  The outcome's `more` has the
-    handle, its `lease` is that place.  A 4xx answer is `held`."""
+    handle, its `lease` is that place; a 4xx answer is `held`."""
 
     leg: Leg
     decode: Ranking
@@ -18428,8 +18420,8 @@ class Split:
 
 
 def prefill_decode_plan(split: Split) -> Plan:
-    """One good answer from two servers.  A failed prefill leg is tried at other prefill servers, a
-    failed decode leg with a new prefill leg; if that does not help, the request is sent whole."""
+    """One good answer from two servers.  A failed prefill leg is tried elsewhere, a failed decode
+    leg with a new prefill leg; if that does not help, the request is sent whole."""
     failure, reason = WELL, ""
     while not reason and (ranking := (yield from split.decode.ranked(failure))) is not None:
         if failure.fault is None and is_short(ranking, split.terms):
@@ -18454,7 +18446,7 @@ def two_legs(
     split: Split, decode: Ranking
 ) -> Generator[Any, Outcome, tuple[Outcome, Shared | None]]:
     """The outcome of the leg that settled the attempt, and what both legs shared; None in place of
-    the latter if no prefill leg went well."""
+    that if no prefill leg went well."""
     failure, retries = split.prefill_failure, split.prefill
     while (ranking := (yield from retries.ranked(failure))) is not None:
         ranking, found = yield from given_room(
@@ -18491,7 +18483,7 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
 
 
 def both_legs(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
-    """The outcome of the decode leg, sent with the prefill leg or after it; or of the latter if it
+    """The outcome of the decode leg, sent with the prefill leg or after it; or the latter's, if it
     failed."""
     assert leg.shared is not None
     place, split.lease = split.lease, None
@@ -18507,8 +18499,7 @@ def both_legs(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome
 def after_failure(
     split: Split, outcome: Outcome, decode: Ranking, shared: Shared | None
 ) -> str:
-    """Records the failure.  Returns why only a plain request is left, '' if both legs may be tried
-    again."""
+    """Records the failure.  Returns why only a plain request is left, '' to try both legs again."""
     if outcome.deaths >= DEADLY:
         return "died"
     if shared is None:
@@ -18525,8 +18516,8 @@ def after_failure(
 
 
 def all_have_begun(load: EngineLoad, ours: int, unread: int) -> bool | None:
-    """Whether an engine with that load has begun all our requests, except those whose prompt is
-    still `unread` elsewhere; None if others' requests make that unclear."""
+    """Whether an engine with that load has begun all our requests but those whose prompt is still
+    `unread` elsewhere; None if others' requests make that unclear."""
     if load.running is None or load.waiting is None:
         return None
     here = load.running + load.waiting
@@ -18557,8 +18548,8 @@ def replanned(plan: Plan, way: Callable[[Any], Generator[Any, Outcome, Outcome]]
 
 
 def resumed(split: Split, plan: Plan) -> Plan:
-    """A plan for one server, except that two continue a broken stream whose prompt has to be read
-    again and is long."""
+    """A plan for one server, but two continue a broken stream whose prompt is long and has to be
+    read again."""
     return replanned(plan, functools.partial(resumed_step, split))
 
 
@@ -18594,9 +18585,8 @@ def plain_plan(split: Split) -> Plan:
 #  85  leg attempts
 # ══════════
 #
-# The two legs of a request, carried out.  A prefill leg is an attempt whose answer we keep; a
-# decode leg is one whose answer is merged on its way.  A failed transfer is neither server's
-# failure, unless one is found dead.
+# A prefill leg is an attempt whose answer we keep; a decode leg is one whose answer is merged on
+# its way.  A failed transfer is neither server's failure, unless one is found dead.
 
 LEARN_LIMIT_S = 5.0  # for a bootstrap server to answer
 LEASE_SHARE = 0.9  # of kv_lease, within which blocks must be asked for
@@ -18618,7 +18608,7 @@ class LegContent(HeldContent):
         self._backlog, self._held_bytes = backlog, 0
 
     def hold(self, content: Content) -> None:
-        """Hold this content from now on.  Raises BadMessage if there is no room for it."""
+        """Raises BadMessage if there is no room for it."""
         self.content, size = content, len(content)
         self._backlog.content_bytes += size - self._held_bytes
         self._held_bytes = size
@@ -18751,8 +18741,8 @@ class DecodeAttempt(Attempt):
 
     def look(self) -> None:
         """End a leg that does not begin: a connector may hang, and blocks are not kept for ever.
-        If its answer is not streamed, its server's metrics show whether it has begun.  If they
-        leave that open, it goes on while its prefill server is well and its own makes progress."""
+        If the answer is not streamed, the server's metrics show whether it has begun.  If they
+        leave that open, it goes on while the prefill server is well and its own makes progress."""
         split, now = self.leg.split, self.response.client.loop.time()
         told = False if split.streams else self.told_by_page()
         self.begun = self.begun or bool(told)
@@ -18773,7 +18763,7 @@ class DecodeAttempt(Attempt):
 
     def told_by_page(self) -> bool | None:
         """Whether the engine has begun with this leg, None if that is unclear.  A page of metrics
-        counts if it was asked for after the leg was sent, so the first one since then does not."""
+        counts if it was asked for after the leg was sent, so the first one since does not."""
         view = self.core.fleet.view(self.server)
         if view is None or view.report.at <= self.page_at:
             return self.told
@@ -18802,7 +18792,7 @@ class DecodeAttempt(Attempt):
         return await super().send_and_listen(wire)
 
     def show(self, answer: Answer) -> bool:
-        """Show an answer, merged with the prefill leg's.  Returns whether to pass on more of it."""
+        """Show an answer, merged with the prefill leg's.  Returns whether more of it is wanted."""
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
@@ -18918,8 +18908,8 @@ class PrefillDecode:
         return others if version and same else set()
 
     def unproven(self) -> set[str]:
-        """The servers that registered without a key.  A made-up handle may kill the engine that
-        gets it, so theirs are not passed on."""
+        """The servers that registered without a key: a made-up handle may kill the engine that gets
+        it."""
         keeper, entries = self.core.roster.keepers.get(Source.REGISTERED), self.core.roster.entries
         registered = keeper.book.by_id.values() if isinstance(keeper, Registrations) else ()
         return {id for one in registered for id in one.servers
@@ -19083,8 +19073,7 @@ Exchange.CARRY_OUT |= {
 #  87  life
 # ══════════
 #
-# The life of a model's instance: one table of transitions, and how often an instance that ends by
-# itself is restarted.  An instance is one process, or group of processes, that serves one model.
+# An instance is a process, or group of processes, that serves one model.
 
 
 class Phase(Enum):
@@ -19138,9 +19127,19 @@ STEADY_S = 60.0  # an instance that ran for longer ends for the first time in a 
 LIFE_COUNTS = ("starts", "wakes", "failures", "ready_s", "wake_s", "slept_s")  # are reported
 
 
+def kept_of(one: object, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in names}
+
+
+def restore_kept(one: object, names: Iterable[str], saved: Mapping[str, Any]) -> None:
+    """Set attributes to what `kept_of` returned, in the types that they have."""
+    for name in names:
+        setattr(one, name, type(getattr(one, name))(saved[name]))
+
+
 @dataclasses.dataclass(slots=True)
 class Life:
-    """Owns an instance's phase and the counts and times of its life; times are monotonic."""
+    """An instance's phase, and the counts and times of its life; times are monotonic."""
 
     since: float  # of the phase
     phase: Phase = Phase.ABSENT
@@ -19228,7 +19227,7 @@ GPU_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory",
 
 
 def parse_gpus(text: str, visible: str = "") -> list[Device]:
-    """The devices in GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
+    """From GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
     found = dict[str, Device]()
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a warning, or a device that does not tell
@@ -19245,7 +19244,7 @@ def parse_gpus(text: str, visible: str = "") -> list[Device]:
 
 
 def parse_gpu_apps(text: str) -> dict[int, float]:
-    """The GB that each process uses, from GPU_APPS_QUERY's output."""
+    """The GB of each process, from GPU_APPS_QUERY's output."""
     found = dict[int, float]()
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -19255,7 +19254,7 @@ def parse_gpu_apps(text: str) -> dict[int, float]:
 
 
 def kept_devices(before: Sequence[Device], found: Iterable[Device]) -> list[Device]:
-    """The devices found, in their places of before; one that is missing has no room."""
+    """The devices found, in their places of before; a missing one has no room."""
     by_number = {device.number: device for device in found}
     return [by_number.pop(one.number, one._replace(used_gb=one.total_gb)) for one in before] + [
         *by_number.values()]
@@ -19287,7 +19286,7 @@ def memory_on(model: ModelSettings, total_gb: float) -> float:
 def taken_gb(
     model: ModelSettings, totals_gb: Sequence[float], devices: Collection[int]
 ) -> float:
-    """The GB that it takes of each of these devices, of which the smallest counts."""
+    """The GB that it takes of each of these devices; the smallest one counts."""
     return memory_on(model, min(totals_gb[n] for n in devices)) if devices else 0.0
 
 
@@ -19298,7 +19297,7 @@ def sleeps(model: ModelSettings) -> bool:
 
 
 def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) -> ModelSettings:
-    """The model with what its profile adds.  Raises LookupError if there is no such profile."""
+    """With what its profile adds.  Raises LookupError if there is no such profile."""
     if not model.profile:
         return model
     if (profile := profiles.get(model.profile)) is None:
@@ -19310,7 +19309,7 @@ def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) 
 
 
 def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) -> list[str]:
-    """The words of its command line, on devices with that memory; () if unknown."""
+    """Its command line, on devices with that memory; () if unknown."""
     name = model.model or model.alias
     if model.takes_port:
         return [word.replace("{port}", str(port)).replace("{model}", name)
@@ -19344,8 +19343,7 @@ def parse_model(said: Any, where: str) -> ModelSettings:
 def model_by_request(
     document: Mapping[str, Any], profiles: Mapping[str, ProfileSettings]
 ) -> ModelSettings:
-    """A model that comes over HTTP, to be launched by one of these profiles.  Raises
-    SettingsError."""
+    """A model from HTTP, to be launched by one of these profiles.  Raises SettingsError."""
     said = {key: value for key, value in document.items() if value is not None}
     named = said["profile"] = str(said.get("profile") or next(iter(profiles), ""))
     profile = profiles.get(named)
@@ -19378,8 +19376,8 @@ def routing_of(model: ModelSettings) -> dict[str, Any]:
 
 
 def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """A model's document, changed from serverless_vllm's form to ours; and the state and weight
-    that it wishes.  Raises SettingsError."""
+    """A model's document in our form, from serverless_vllm's; and the state and weight that it
+    wishes.  Raises SettingsError."""
     said = dict(document)
     backends = said.pop("backends", None)
     state, weight = said.pop("routing_state", None), said.pop("mix_weight", None)
@@ -19485,7 +19483,7 @@ class Demand(NamedTuple):
 
 
 class Act(NamedTuple):
-    """One thing to do: launch, wake, sleep, deepen or stop; `name` is an instance's."""
+    """Something to do: launch, wake, sleep, deepen or stop; `name` is an instance's."""
 
     verb: str
     alias: str
@@ -19516,7 +19514,7 @@ def lives(seat: Seat) -> bool:
 
 
 def booked_gb(seat: Seat, soon: bool) -> float:
-    """The GB an instance takes of each of its devices: now, or once what leaves has left."""
+    """The GB it takes of each of its devices: now, or once what leaves has left."""
     if soon and (seat.phase is Phase.STOPPING or seat.leaving):
         return 0.0
     return seat.held_gb if soon and seat.phase is Phase.FALLING_ASLEEP else seat.gb
@@ -19530,7 +19528,7 @@ def worth(seat: Seat) -> tuple[float, ...]:
 
 def movable(seat: Seat, wanting: ModelSettings, demands: Demands, mates: int) -> bool:
     """Whether an instance may be moved for a model that wants its place; `mates` of its own model
-    run.  An idle one may after MIN_STAY_S; one in use after TURN_S, if requests for the other model
+    run.  An idle one may after MIN_STAY_S, one in use after TURN_S if the other model's requests
     have waited as long."""
     own, other = demands.get(seat.alias, NO_DEMAND), demands.get(wanting.alias, NO_DEMAND)
     if seat.alias == wanting.alias or seat.leaving or (
@@ -19558,7 +19556,7 @@ def room_on(
     host: HostView, device: int, need_gb: float, seats: Sequence[Seat], may_move: Collection[str]
 ) -> tuple[tuple[tuple[Seat, str], ...], bool] | float:
     """The moves that make room for so many GB on a device, and whether there is room already; or
-    the GB that are lacking if no moves can."""
+    the GB that no moves can make."""
     here = [seat for seat in seats if seat.host == host.name and device in seat.devices]
     free = host.total_gb[device] - (host.foreign_gb[device] if host.foreign_gb else 0.0)
     slack = 1e-6 - need_gb
@@ -19590,8 +19588,8 @@ def find_place(
     model: ModelSettings, hosts: Sequence[HostView], seats: Sequence[Seat], demands: Demands,
     pinned: Seat | None = None,
 ) -> Spot | str:
-    """Where one more instance fits with the fewest moves, or a text that says what is lacking;
-    `pinned` is a sleeping instance that is to wake where it is."""
+    """Where one more instance fits with the fewest moves, or what is lacking, in words; `pinned` is
+    a sleeping one that is to wake where it is."""
     places, lacking = list[tuple[tuple[Any, ...], Spot]](), list[str]()
     running, demand = [seat.alias for seat in seats if lives(seat)], demands.get(
         model.alias, NO_DEMAND)
@@ -19652,8 +19650,7 @@ def place_on(
 #  90  scaling
 # ══════════
 #
-# How many instances of each model run: what to launch, put to sleep, wake and stop next.  A pure
-# function makes acts from models, hosts, seats and demands.
+# A pure function makes acts from models, hosts, seats and demands.
 
 
 OUTDATED = "its settings have changed"
@@ -19661,8 +19658,8 @@ RENEWED_IDLE_S = 10.0  # what was idle for so long is not replaced before it is 
 
 
 def wanted_replicas(model: ModelSettings, running: int, demand: Demand, asked: bool) -> int:
-    """The number of instances that should run: one more while the load stays high, one less while
-    it stays low.  `asked`: a request waits for the model, or for one in its `together` group."""
+    """How many instances should run: one more while the load stays high, one less while it stays
+    low.  `asked`: a request waits for the model, or for one in its `together` group."""
     wanted = max(running, model.min_replicas, 1 if asked else 0)
     if running and demand.high_s >= model.scale_hold_s and demand.load >= model.scale_up_at:
         wanted += 1
@@ -19676,7 +19673,7 @@ def decide(
     models: Sequence[ModelSettings], hosts: Sequence[HostView], seats: Sequence[Seat],
     demands: Demands,
 ) -> tuple[list[Act], dict[str, str]]:
-    """The next acts, and by alias why a model does not get what it needs.  The model whose requests
+    """The next acts, and by alias why a model does not get what it needs.  The one whose requests
     have waited longest comes first, and keeps the room that others make for it."""
     acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
     falls = [seat for seat in seats if seat.phase is Phase.FALLING_ASLEEP]
@@ -19719,8 +19716,8 @@ def renew(
     model: ModelSettings, hosts: Sequence[HostView], seats: list[Seat], demands: Demands,
     why_not: dict[str, str],
 ) -> list[Act]:
-    """Replace instances that were started with other settings: those in use by ones that run
-    first, where they fit beside; others when they are idle, if the new one fits at all."""
+    """Replace instances started with other settings: those in use after new ones run, where they
+    fit beside; others when they are idle, if the new one fits at all."""
     mine = [seat for seat in seats if seat.alias == model.alias]
     fresh = [seat for seat in mine if seat.fresh and (lives(seat) or seat.phase is Phase.FAILED)]
     stale = sorted((seat for seat in mine if not (seat.fresh or seat.leaving)
@@ -19867,8 +19864,8 @@ COMES_NEXT = {Phase.STARTING: "answers once it is ready", Phase.WAKING: "answers
 
 
 def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str:
-    """What happens next to an instance, or to a model without one (None), in words; `blocked` says
-    why it does not get what it needs."""
+    """What happens next to an instance, or to a model without one (None), in words; `blocked`: why
+    it does not get what it needs."""
     if seat is None:
         return "starts once it can" if blocked else "starts when it is asked for"
     if seat.phase is Phase.FAILED:
@@ -19915,7 +19912,7 @@ class ProcessStat(NamedTuple):
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """A process's stat; None if there is no such process, or no /proc."""
+    """None if there is no such process, or no /proc."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             words = file.read().rpartition(")")[2].split()
@@ -19935,7 +19932,7 @@ def process_exists(pid: int) -> bool:
 
 
 def group_members(group: int) -> list[int]:
-    """The ids of the live processes of a group; without /proc, only the group's number."""
+    """The live processes of a group; without /proc, only the group's number."""
     try:
         os.killpg(group, 0)
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
@@ -19948,8 +19945,8 @@ def group_members(group: int) -> list[int]:
 
 
 def marked_group(group: int, name: str, output_id: Any) -> bool:
-    """Whether a group is still our instance's, and its number has not been given to another.  A
-    process that renames itself shows no environment any more, but has the output we gave it."""
+    """Whether a group is still our instance's, and its number not another's by now.  A process that
+    renames itself shows no environment any more, but has the output we gave it."""
     for pid in group_members(group):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/environ", "rb") as file:
@@ -20077,18 +20074,8 @@ def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) 
     return Child(popen.pid, output, popen)
 
 
-def kept_of(one: object, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in names}
-
-
-def restore_kept(one: object, names: Iterable[str], saved: Mapping[str, Any]) -> None:
-    """Set attributes to what `kept_of` returned, in the types that they have."""
-    for name in names:
-        setattr(one, name, type(getattr(one, name))(saved[name]))
-
-
 def adopted_child(pid: int, started: int) -> Child:
-    """A process that a predecessor started; it may have ended.  A start of -1 is that of none."""
+    """A process of a predecessor, which may have ended.  A start of -1 is that of none."""
     output, path = None, f"/proc/{pid}/fd/1"
     with contextlib.suppress(OSError):
         if started < 0 or not os.readlink(path).endswith(" (deleted)"):
@@ -20100,8 +20087,8 @@ def adopted_child(pid: int, started: int) -> Child:
 
 
 def container_memory_gb(folder: str) -> float:
-    """What a container may still use, as files of cgroup v2 say; infinity if they do not.  Cached
-    files give way."""
+    """What a container may still use, by cgroup v2, without cached files, which give way; infinity
+    if unknown."""
     with contextlib.suppress(SettingsError, ValueError):
         limit, used, text = (str(read_regular_file(f"{folder}/memory.{name}"), "ascii")
                              for name in ("max", "current", "stat"))
@@ -20111,7 +20098,7 @@ def container_memory_gb(folder: str) -> float:
 
 
 def host_memory_gb() -> float:
-    """The memory available on the host, or in this container; infinity if unknown."""
+    """The memory available here; infinity if unknown."""
     free_gb = container_memory_gb("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/meminfo") as file:
@@ -20121,7 +20108,7 @@ def host_memory_gb() -> float:
 
 
 async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
-    """A program's output; '' if it cannot be run, fails, or takes too long."""
+    """A program's output; '' if it cannot be run, fails, or is slow."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -20154,7 +20141,7 @@ def free_port(taken: Collection[int]) -> int:
 #  92  instances
 # ══════════
 #
-# One model's process: how to send it requests, and its description for others.
+# A process of one model listens on the loopback alone; others reach it through its agent.
 
 READY_LOOK_S = 0.1  # between two looks whether a starting instance is ready
 TEND_S = 1.0  # between two looks at a running one
@@ -20280,13 +20267,12 @@ class Instance:
 #  93  agent
 # ══════════
 #
-# The instances of one host: launched, tended, put to sleep, woken, stopped.  The agent does what it
-# is told, restarts instances that have ended by themselves, and saves what a successor needs.  It
-# lives in the balancer, or in a process of its own (`worker`).
+# The agent does what it is told, restarts instances that have ended by themselves, and saves what a
+# successor needs.  It lives in the balancer, or in a process of its own (`worker`).
 
 
 class Agent:
-    """All instances of this host.  It calls `on_change` after each change of an instance."""
+    """The instances of this host.  It calls `on_change` after each change of one."""
 
     def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
         self.name, self._tasks = name, tasks
@@ -20351,8 +20337,8 @@ class Agent:
         return one
 
     async def adopt(self, saved: Mapping[str, Any], model: ModelSettings) -> None:
-        """Take over an instance that a predecessor launched; one that has ended since is cleared
-        away and launched again.  Raises KeyError, ValueError, TypeError."""
+        """Take over a predecessor's instance; one that has ended since is cleared away and launched
+        again.  Raises KeyError, ValueError, TypeError."""
         name, phase, pid = str(saved["name"]), Phase(saved["status"]), int(saved["pid"])
         ours = marked_group(pid, name, saved.get("output"))
         child = adopted_child(pid, int(saved["started"]) if ours else -1)
@@ -20602,8 +20588,7 @@ class Agent:
 #  94  hosts
 # ══════════
 #
-# Machines that run models: this one, and those with an agent of their own, behind the same methods.
-# And the record of each model's use.
+# This machine and those with an agent of their own have the same methods.
 
 LOOK_AT_POOL_S = 0.25
 AGENT_LOOK_S = 0.5  # between two looks at an agent
@@ -20744,7 +20729,7 @@ class RemoteHost:
 
 
 class ManagedHost:
-    """A machine of a pool that another balancer keeps, as that balancer describes it."""
+    """A machine of a pool that another balancer keeps, as described by that."""
 
     reachable, profiles, seen_at = True, None, INFINITY
 
@@ -20759,8 +20744,8 @@ class ManagedHost:
         return ()
 
     def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
-        """The server for requests to an instance.  It is the manager, if the instance listens on
-        the loopback of another machine or has another name for its model."""
+        """The server for requests to an instance: the manager, if the instance listens on another
+        machine's loopback or has another name for its model."""
         url = str(instance["worker_url"])
         ours, theirs = (is_local_name(urllib.parse.urlsplit(one).netloc)
                         for one in (self.manager, url))
@@ -20821,7 +20806,7 @@ class StateFile:
 
 class Uses:
     """When models and instances were last used, which requests wait for them, and since when their
-    load has been high or low."""
+    load is high or low."""
 
     def __init__(self) -> None:
         self.used_at: dict[str, float] = {}  # by alias, and by instance
@@ -20941,7 +20926,7 @@ class Holdings:
             round(view.foreign(now, interval_s)) if view is not None else 0)
 
     def define_servers(self) -> None:
-        """Define every instance that has ever been ready as a server; weight 0 if it is not now."""
+        """Each instance that has ever been ready is a server; with weight 0 if it is not now."""
         servers, news, stuck = dict[str, ServerSettings](), list[str](), list[str]()
         known, self.seen_running = self.seen_running, {}
         for host, one in self.instances():
@@ -21032,7 +21017,7 @@ class Holdings:
         return next(name for name in names if name not in taken)
 
     def why(self, alias: str) -> str:
-        """Why a model does not get what it needs, or else its last act and the reason."""
+        """Why a model lacks what it needs, or else its last act and the reason."""
         return self.why_not.get(alias) or self.acts.get(alias, "")
 
     def is_routable(self, model: ModelSettings) -> bool:
@@ -21075,8 +21060,7 @@ class Holdings:
 #  96  keeping
 # ══════════
 #
-# Keeping the pool: the dry rooms decide, this room carries out.  Requests for its models have a
-# plan of their own: wait until the model has been started or woken, then pass on as usual.
+# The dry rooms decide, this room carries out.
 
 
 class ModelPool(Holdings):
@@ -21132,8 +21116,8 @@ class ModelPool(Holdings):
                 await self._changed.wait()
 
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
-        """This machine's agent, and what a predecessor has left it: models that were registered,
-        and allowed then, and what runs."""
+        """This machine's agent, and what a predecessor has left it: models registered then, and
+        what runs."""
         s, saved = self.core.settings, dict[str, Any]()
         try:
             saved = self.state.load()
@@ -21173,7 +21157,7 @@ class ModelPool(Holdings):
 
     async def successor_s(self, name: str) -> ManagedHost:
         """What a successor says of this machine's instances.  It is asked to start or wake what
-        requests wait for that have come here."""
+        requests here wait for."""
         url, secrets = self.core.process.own_url, self.core.pools.secrets
         key = self.key or next((word for one, word in secrets.keys if one.admin), "")
         server, host = ServerSettings(url, verify=False, api_key=key), ManagedHost(name, url, key)
@@ -21329,8 +21313,8 @@ class ModelPool(Holdings):
             del self.launching[act.alias]
 
     async def move(self, name: str, verb: str) -> None:
-        """Have an instance wake, or sleep or stop once its requests have ended.  Raises PeerGone,
-        LookupError, ValueError."""
+        """Wake an instance, or have it sleep or stop once its requests have ended.  Raises
+        PeerGone, LookupError, ValueError."""
         host, one = next(self.instances(name=name), (None, {}))
         if host is None:
             raise LookupError(f"No instance {shown(name)} here.")
@@ -21403,9 +21387,8 @@ class ModelPool(Holdings):
 #  97  manager
 # ══════════
 #
-# A pool that another balancer, the manager, keeps.  Requests go from here to its instances too, and
-# the manager is asked to start, wake and stop them.  If the manager does not answer, running
-# instances still get requests.
+# Requests go from here to the manager's instances too, and it is asked to start, wake and stop
+# them. If it does not answer, running instances still get requests.
 
 
 MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
@@ -21432,7 +21415,7 @@ class FollowedPool(ModelPool):
                 await self._changed.wait()
 
     async def look(self) -> None:
-        """Take over the manager's report of its pool.  Trouble with it is logged once."""
+        """Take the manager's report of its pool.  Trouble with it is logged once."""
         try:
             self.take((await self.ask("/admin/status", None, 5.0)).get("models"))
             trouble = ""
@@ -21448,8 +21431,8 @@ class FollowedPool(ModelPool):
         self.finish_step()
 
     def take(self, models: Any) -> None:
-        """Take over a report of models.  Raises SettingsError or what a malformed report causes,
-        and then changes nothing."""
+        """Take a report of models, all or nothing.  Raises SettingsError, or whatever a malformed
+        one causes."""
         registered, hosts, leaving = dict[str, ModelSettings](), dict[str, Any](), set[str]()
         for one in models:
             said = {key: value for key, value in one["config"].items() if key in MODEL_FIELDS}
@@ -21513,12 +21496,12 @@ class FollowedPool(ModelPool):
 #  98  models
 # ══════════
 #
-# The pool as the balancer uses it: the plan of requests for its models, their lists, metrics and
-# status, and what people do to them.
+# Requests for the pool's models have a plan of their own: wait until the model has been started or
+# woken, then pass on as usual.
 
 
 class Wake(NamedTuple):
-    """A step: wait until a model of the pool can be asked, which starts or wakes it if needed."""
+    """Wait until a model of the pool can be asked, which starts or wakes it if needed."""
 
     model: ModelSettings
     anew: bool = False  # it was asked, and failed
@@ -21537,8 +21520,8 @@ def carried_out(
 
 
 def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) -> Plan:
-    """The plan `otherwise`, once the model can be asked; then `again`, if the model's process has
-    ended before the client was shown anything."""
+    """The plan `otherwise`, once the model can be asked; then `again`, if its process has ended
+    before the client was shown anything."""
     plan, failure = otherwise, WELL
     for n in range(WAKES_LIMIT):
         failure = yield Wake(model, n > 0)
@@ -21555,8 +21538,8 @@ def refusing_plan(fault: Fault, text: str) -> Plan:
 
 
 def proxied_plan(otherwise: Plan) -> Plan:
-    """An agent's plan for a manager's request, to which 503 would mean a busy model, not a process
-    that has ended: a missing server becomes 502."""
+    """An agent's plan for a manager's request, to which 503 would mean a busy model, not an ended
+    process: a missing server becomes 502."""
     if (failed := (yield from carried_out(otherwise, (Fault.NO_SERVER,)))) is not None:
         yield GiveUp(failed._replace(fault=Fault.CONNECT_FAILED))
 
@@ -21616,7 +21599,7 @@ class PoolPlanner:
                        self.pool.status_of(model))}
 
     def families(self, now: float | None = None) -> list[Family]:
-        """The families for /metrics; [] with `now`, when it is asked once more, as a service."""
+        """[] with `now`, when it is asked once more, as a service."""
         if now is not None:
             return []
         pool, found = self.pool, list[Family]()
@@ -21717,7 +21700,7 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
 
 
 def alias_named(pool: ModelPool, name: str) -> str:
-    """The alias of a model that a path names.  Raises LookupError."""
+    """The alias that a path names.  Raises LookupError."""
     if (alias := urllib.parse.unquote(name)) not in pool.models:
         there = f", but {', '.join(pool.models)}" if pool.models else ": there is none"
         raise LookupError(f"No model {shown(alias)} here{there}.")
@@ -21836,8 +21819,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 #  99  pool paths
 # ══════════
 #
-# The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
-
+# As in serverless_vllm and llama-swap.
 
 ENDPOINTS |= operated(Kind.ADMIN, {
     "/admin/models": {"GET": list_models},
@@ -21884,9 +21866,9 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 #  100  worker
 # ══════════
 #
-# `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
-# instances, each below /proxy/, and which does what its manager says.  When it stops, its instances
-# run on, and its successor takes them over.
+# `worker` is a balancer whose only servers are its own instances, each below /proxy/, and which
+# does what its manager says.  When it stops, its instances run on, and its successor takes them
+# over.
 
 REGISTER_S = 5.0  # between two registrations, which are heartbeats too
 AGENT_TTL_S = 20.0
@@ -21913,7 +21895,7 @@ ENDPOINTS["/proxy/{alias}"] = {
 
 
 def agent_of(core: Core) -> Agent:
-    """This process's agent.  Raises LookupError if it is no `worker`."""
+    """Raises LookupError if this is no `worker`."""
     agent = pool_of(core).agent
     if core.process.agent is None or agent is None:
         raise LookupError("This is no agent.")
@@ -22001,7 +21983,7 @@ def manager_client(args: argparse.Namespace, key: str = "") -> HttpClient:
 
 
 async def manager_state(args: argparse.Namespace) -> str:
-    """Whether the manager answers: "answers", or what is wrong."""
+    """"answers", or what is wrong."""
     with contextlib.closing(manager_client(args)) as client:
         try:
             status, found = await client.fetch("/liveness", 5.0)
@@ -22096,7 +22078,7 @@ def devices_here(s: Settings) -> list[Device]:
 
 
 def port_in_use(s: Settings) -> bool:
-    """Whether the address of these settings is taken, maybe by a process that runs with them."""
+    """Whether the address is taken, maybe by a process with these settings."""
     try:
         family = socket.AF_INET6 if ":" in s.host else socket.AF_INET
         with socket.create_server((s.host, s.port), family=family):
@@ -22243,7 +22225,7 @@ UNCLEANED = ("history", "url", "settings_error", "fleet", "hint")
 
 
 def cleaned(value: Any) -> Any:
-    """A status document whose texts are cleaned, each in one line."""
+    """A status document with clean texts, each in one line."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
@@ -22264,7 +22246,7 @@ def cut(text: str, width: int) -> str:
 
 
 def fit(text: str, width: int) -> str:
-    """A text cut to fit, with a mark if anything was cut."""
+    """Cut to fit, with a mark if anything was cut."""
     if cells(text) <= width:
         return text
     return cut(text, width - 1) + "…" if width > 1 else cut(text, width)
@@ -22284,7 +22266,7 @@ def pad(text: str, width: int, right: bool = False) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in lines of at most `width` cells, broken at spaces where possible."""
+    """In lines of at most `width` cells, broken at spaces where possible."""
     lines: list[str] = []
     for line in text.splitlines() or [""]:
         before = len(lines)
@@ -22381,7 +22363,7 @@ EIGHTHS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(history: Sequence[float | None]) -> str:
-    """Values as bars, the newest at the right; an unknown value is a gap."""
+    """Values as bars, the newest at the right, the unknown as gaps."""
     return "".join(EIGHTHS[min(7, max(0, int(ratio * 8)))] if is_known(ratio) else " "
                    for ratio in history[-60:])
 
@@ -22390,14 +22372,14 @@ def sparkline(history: Sequence[float | None]) -> str:
 #  102  table
 # ══════════
 #
-# The servers as a table: a server of a status document in, a line of styled text out.  Whatever a
-# colour says, a word or a number says too.
+# A server of a status document in, a line of styled text out.  Whatever a colour says, a word or a
+# number says too.
 #
 # To add a column: a row in COLUMNS, which has the order on the screen.
 
 
 def load_ratio(server: Document) -> float | None:
-    """How full a server is: its requests, ours and others', divided by its capacity."""
+    """How full a server is: its requests, ours and others', by its capacity."""
     said = (server["running"] or 0) + (server["waiting"] or 0)
     capacity = server["capacity"]
     if not is_known(capacity) or capacity <= 0:
@@ -22420,7 +22402,7 @@ def worst(server: Document) -> Document:
 
 
 def state_text(server: Document, width: int = 1000) -> str:
-    """A server's state in a word, or in a shorter one if `width` requires it."""
+    """A server's state in a word, or in a shorter one to keep to `width`."""
     state: str = worst(server)["word"]
     word = "half-open" if state == "circuit half-open" else state
     return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
@@ -22487,8 +22469,8 @@ SORTS: dict[str, Callable[[Document], Any]] = {
 
 
 def listed_servers(ui: Ui, status: Document) -> list[Document]:
-    """The servers that pass the filter, sorted.  Each word of the filter must be in a server's
-    name, state or models."""
+    """The servers that pass the filter, sorted.  Each word of it must be in a server's name, state
+    or models."""
     words = (ui.filter if ui.typed is None else ui.typed).lower().split()
 
     def said(server: Document) -> str:
@@ -22504,9 +22486,6 @@ def selected(ui: Ui, status: Document) -> Document | None:
         return next((s for s in status["servers"] if s["url"] == ui.selected), None)
     servers = listed_servers(ui, status)
     return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
-
-
-# The table.
 
 
 class Column(NamedTuple):
@@ -22558,7 +22537,7 @@ Widths = list[tuple[Column, int]]  # the columns on the screen, each with its ce
 
 
 def places(servers: Sequence[Document], left: int) -> Widths:
-    """The columns that fit; those that can use more cells get the rest of the room."""
+    """The columns that fit; those that can use more cells share the rest of the room."""
     if not servers or left < 5:
         return []
     wants = {column: max(cells(column.head), *(cells(column.text(one)) for one in servers))
@@ -22592,8 +22571,7 @@ def table_head(name_width: int, shown: Widths, sort: str) -> Line:
 def server_line(
     server: Document, name_width: int, shown: Widths, reason_below: bool, width: int
 ) -> Line:
-    """A server's row of the table.  Its trouble replaces its numbers, unless the trouble has a line
-    of its own."""
+    """A server's row.  Its trouble replaces its numbers, unless it has a line of its own."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
     name = fit_name(server["name"], name_width)
@@ -22629,8 +22607,7 @@ def marked(line: Line) -> Line:
 #  103  views
 # ══════════
 #
-# The parts of the screen besides the table of servers: graphs of the fleet, and the views that Tab
-# shows.
+# What is on the screen besides the table of servers; Tab shows the views.
 
 # Graphs of the fleet, by their keys in the document: the label, and the form of the numbers.
 GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
@@ -22670,9 +22647,6 @@ def graph_lines(fleet: Document, rows: int, width: int) -> list[Line]:
             lines.append([(f"{words:18}", Style.PLAIN if n == tall - 1 else Style.DIM),
                           (line, Style.BAR)])
     return lines
-
-
-# The views that Tab shows.
 
 
 class View(NamedTuple):
@@ -22756,8 +22730,8 @@ def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
 
 
 def view_lines(view: View, status: Document, width: int, at: int = 0) -> list[Line]:
-    """A view as a table: its head, and a line for each row; `at` is the selected one.  Where there
-    is ample room, columns may be twice as wide."""
+    """A view's head, and a line for each row; `at` is the selected one.  Where there is ample room,
+    columns may be twice as wide."""
     rows = list(view.rows(status))
     if not rows:
         return [[(view.empty, Style.DIM)]]
@@ -23077,8 +23051,8 @@ def settle(ui: Ui, status: Document, size: Size) -> Ui:
 
 
 def drawn(status: Document, ui: Ui, size: Size) -> list[Line]:
-    """The screen of a cleaned status and a settled Ui: a line for each row of the terminal, none
-    wider than its columns."""
+    """A cleaned status and a settled Ui: a line for each row of the terminal, none wider than
+    it."""
     if ui.mode is Mode.LIST:
         lines = list_lines(status, ui, size)
     else:
@@ -23134,7 +23108,7 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
 
 
 def answer_dialog(key: str, ui: Ui) -> tuple[Ui, Action | None]:
-    """`press` while a question waits: only y is yes, and only a clear no ends the question."""
+    """`press` while a question waits: only y is yes, and only a clear no ends it."""
     if key in ("y", "Y"):
         note = f"{ui.question.partition('?')[0]}: yes"
         return ui._replace(asked=None, question="", note=note), ui.asked
@@ -23180,8 +23154,8 @@ def further(names: Sequence[str], name: str, by: int) -> str:
 
 
 def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """`press` for q and Esc: back to the list.  There, Esc ends the filter, and q the program; q
-    asks first if requests are in flight here."""
+    """`press` for q and Esc: back to the list.  There, Esc ends the filter, and q the program,
+    after a question if requests are in flight here."""
     if ui.mode is not Mode.LIST:
         return ui._replace(mode=Mode.LIST, view="", lines_up=0), None
     if key == "esc":
@@ -23234,7 +23208,7 @@ KEY_NAMES = {
 
 def key_of(sent: str) -> str:
     """The name of the key that curses calls so, or that sends a character; '' if it means
-    nothing here."""
+    nothing."""
     return KEY_NAMES.get(sent, sent if len(sent) == 1 and sent.isprintable() else "")
 
 
@@ -23242,10 +23216,9 @@ def key_of(sent: str) -> str:
 #  106  terminal
 # ══════════
 #
-# The screen on a terminal, by curses.  It is an ordinary program in its own process, since curses
-# has its own signal handlers, and holds Python's lock while a terminal (a dead ssh, a stopped one)
-# accepts no output.  The program reads statuses and notes from a socket, and writes what keys ask
-# for to it, each as a line of JSON; it ends when the socket is closed.
+# It is a process of its own, since curses has its own signal handlers, and holds Python's lock
+# while a terminal (a dead ssh, a stopped one) accepts no output.  It reads statuses and notes from
+# a socket, and writes what keys ask for to it, as lines of JSON; it ends when the socket is closed.
 
 TICK_S = 0.1  # between checks of the terminal's size and foreground
 ESCAPE_MS = 50  # after which an Esc is the key itself, not the start of a sequence
@@ -23282,8 +23255,8 @@ def json_line(document: Any) -> bytes:
 
 
 def known_terminal(curses: Any, name: str) -> str:
-    """The name of the terminal, or of a similar one, that terminfo knows, or ''.  With an unknown
-    name, initscr would end the process."""
+    """The name of the terminal, or of one like it, that terminfo knows, or ''.  An unknown name
+    would have initscr end the process."""
     os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
     for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
         with contextlib.suppress(curses.error):
@@ -23293,8 +23266,8 @@ def known_terminal(curses: Any, name: str) -> str:
 
 
 def run_screen(sock: socket.socket, remote: bool) -> str:
-    """Show the screen on our terminal until the reader leaves or the socket is closed.  Returns
-    why it failed, or ''."""
+    """Show the screen until the reader leaves or the socket is closed.  Returns why it failed, or
+    ''."""
     try:
         import curses
     except ImportError:
@@ -23328,8 +23301,7 @@ class CursesScreen:
         self.in_front = True
 
     def run(self) -> str:
-        """Show the screen until it is over.  Returns why it could not begin, or ''.  Raises OSError
-        when the terminal has gone."""
+        """Returns why it could not begin, or ''.  Raises OSError when the terminal has gone."""
         known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
         leave = b"".join(known[:-1] if known[-2] else known)
         self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
@@ -23412,7 +23384,7 @@ class CursesScreen:
             self.say({})
 
     def receive(self) -> bool:
-        """Receive messages from the balancer's side.  Returns whether there were any."""
+        """Returns whether there were any messages."""
         try:
             while data := self.sock.recv(1 << 18):
                 self.received += data
@@ -23480,8 +23452,7 @@ class CursesScreen:
 #  107  top
 # ══════════
 #
-# The screen of a balancer: of the one in this process, in place of log lines, or of a remote one
-# (`top`).
+# In this process, the screen takes the place of log lines.
 
 SCREEN_S = 0.5  # between two statuses
 UNANSWERED_LIMIT = 20  # in a row; the program then counts as hung, perhaps with its terminal
@@ -23490,12 +23461,12 @@ CANCEL = b"\x18"  # ends an unfinished escape sequence
 
 
 class ScreenProcess:
-    """The screen on our terminal, in its own process, which is killed if it stops answering."""
+    """The screen on our terminal, in a process that is killed if it stops answering."""
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
-        """Start the process, in a task.  `act` gets the actions that keys ask for; `hold` gets
-        whether the process has the terminal to itself."""
+        """Start it, in a task.  `act` gets the actions that keys ask for; `hold`, whether it has
+        the terminal to itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
         self.why = ""  # the reason for the process's end
         self.leave = b""  # restores a terminal that the process could not
@@ -23526,7 +23497,7 @@ class ScreenProcess:
             log.warning("no screen: %s", self.why)
 
     async def converse(self) -> int:
-        """Run the process until it has ended.  Returns its exit code.  Raises OSError."""
+        """Run the process to its end.  Returns its exit code.  Raises OSError."""
         ours, theirs = socket.socketpair()
         compiled = getattr(__spec__, "cached", "")  # where this file was imported, and not run
         program = compiled if compiled and os.path.exists(compiled) else __file__
@@ -23551,7 +23522,7 @@ class ScreenProcess:
 
     async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
         """Send statuses, and kill the process when it has left too many unanswered.  They are
-        counted, not timed: the process is not at fault if we were stopped meanwhile."""
+        counted, not timed, as we may have been stopped meanwhile."""
         while self.unanswered < UNANSWERED_LIMIT:
             self.unanswered += 1
             if self.leave and not writer.transport.get_write_buffer_size():
@@ -23585,7 +23556,7 @@ MODEL_TIMEOUT_S = 600.0  # for one that may have to start a model, or wait for i
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
-    """Feed a screen from a remote balancer and pass on what keys ask for, until the screen ends."""
+    """Feed a screen from a remote balancer, and pass on what keys ask for, until it ends."""
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def tell() -> None:
@@ -23618,7 +23589,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
 async def answer_of(
     client: HttpClient, path: str, content: bytes | None = None, limit_s: float = TOP_TIMEOUT_S
 ) -> tuple[dict[str, Any], str]:
-    """The JSON object in a remote balancer's answer; {} and what is wrong without one."""
+    """A remote balancer's answer in JSON; {} and what is wrong without one."""
     try:
         return await fetch_json(client, "it", path, content, limit_s), ""
     except PeerGone as gone:
@@ -23655,7 +23626,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
 
 
 async def act_by_key(core: Core, action: Action) -> None:
-    """Do what a key asked for.  The outcome goes to the log, whose last lines the screen shows."""
+    """The outcome goes to the log, whose last lines the screen shows."""
     try:
         if action.verb in MODEL_OPERATIONS:
             pool = pool_of(core)
@@ -23704,14 +23675,14 @@ def run_top(args: argparse.Namespace) -> int:
 #  108  page
 # ══════════
 #
-# GET /status: the document at /status.json, for a browser.  The page itself says nothing about the
-# fleet.  It writes everything from outside as text, never as markup; it finds a server's row by its
-# URL and changes it in place, so that whatever is open, marked or in focus stays so.
+# GET /status: the page itself says nothing about the fleet, and reads /status.json.  It writes
+# everything from outside as text, never as markup; it finds a server's row by its URL and changes
+# it in place, so that whatever is open, marked or in focus stays so.
 
 
 @functools.cache
 def page_policy() -> str:
-    """The Content-Security-Policy: the page's own blocks, by their hashes, and this origin."""
+    """The Content-Security-Policy: the page's own blocks, by hash, and this origin."""
     allowed: dict[str, list[str]] = {"style": [], "script": []}
     for name, block in re.findall(r"<(style|script)>(.*?)</\1>", STATUS_PAGE, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
@@ -23886,45 +23857,40 @@ const few = (items, n) => items.slice(0, n).join(", ")
 const MARKS = { good: "✓", warn: "!", bad: "✕" };
 const KINDS = { "": "good", bad: "bad", warn: "warn", note: "warn" };
 const worst = s => list(s.troubles)[0] || { level: "", word: s.state };  // of a server
-const TOTALS = [["Healthy", "healthy", whole], ["Queue", "queue", whole],
-  ["In flight", "in_flight", whole], ["Requests/s", "requests_per_s", rate],
-  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
-  ["TTFT p95", "ttft_p95_s", wait], ["Errors", "error_ratio", share],
+const RATES = [["Requests/s", "requests_per_s", rate], ["Tokens/s", "tokens_per_s", rate]];
+const TIMES = [["TTFT p50", "ttft_p50_s", wait], ["TTFT p95", "ttft_p95_s", wait]];
+const GRAPHS = [...RATES, ...TIMES, ["Queue", "queue", whole], ["Errors", "error_ratio", share]];
+const TOTALS = [["Healthy", "healthy", whole], ["In flight", "in_flight", whole], ...GRAPHS,
   ["Connections", "connections", whole]];
-const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole],
-  ["Ours", "in_flight", whole], ["KV cache", "kv_usage_ratio", share],
-  ["Tokens/s", "tokens_per_s", rate, "n half"], ["Errors", "errors", whole],
-  ["Retries", "retries", whole], ["TTFT p50", "ttft_p50_s", wait],
-  ["TTFT p95", "ttft_p95_s", wait]];
+const ERRORS = ["Errors", "errors", whole], OURS = ["Ours", "in_flight", whole];
+const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole], OURS,
+  ["KV cache", "kv_usage_ratio", share], ["Tokens/s", "tokens_per_s", rate, "n half"], ERRORS,
+  ["Retries", "retries", whole], ...TIMES];
 
-const ratio = v => share(v), GRAPHS = [["Requests/s", "requests_per_s", rate],
-  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
-  ["TTFT p95", "ttft_p95_s", wait], ["Queue", "queue", whole], ["Errors", "error_ratio", ratio]];
 const says = v => text(v) || "–", host = url => says(url).replace(/^\w+:\/\//, "");
+const lasts = v => long(v) || "–", at = (label, key, form = says) =>
+  [label, item => form(item[key]), form !== says];
 const VIEWS = { servers: null,  // its head, what a row says, and whether that is a number
-  models: [d => list(d.models), [["Model", m => says(m.model)], ["State", m => says(m.state)],
+  models: [d => list(d.models), [at("Model", "model"), at("State", "state"),
     ["Servers", m => `${num(m.healthy)} of ${num(m.servers)}`, 1],
-    ["Ours", m => whole(m.in_flight), 1], ["Requests/s", m => rate(m.requests_per_s), 1],
-    ["Tokens/s", m => rate(m.tokens_per_s), 1], ["TTFT p50", m => wait(m.ttft_p50_s), 1],
-    ["TTFT p95", m => wait(m.ttft_p95_s), 1], ["Errors", m => whole(m.errors), 1]]],
+    ...[OURS, ...RATES, ...TIMES, ERRORS].map(figure => at(...figure))]],
   requests: [d => list((d.requests || {}).running).concat(list((d.requests || {}).ended)),
     [["Time", r => wait(known(r.age_s) ? r.age_s : r.duration_s), 1],
     ["Server", r => (r.prefill ? host(r.prefill) + " → " : "") + host(r.server)],
-    ["Model", r => says(r.model)], ["Key", r => says(r.key)], ["Tokens", r => whole(r.tokens), 1],
+    at("Model", "model"), at("Key", "key"), at("Tokens", "tokens", whole),
     ["How", r => !r.end ? r.tokens ? "runs" : "waits for its first token"
       : `${says(r.status)} ${says(r.end)}, ${long(r.ago_s) || "now"} ago`],
-    ["TTFT", r => wait(r.first_s), 1], ["Id", r => says(r.id)]]],
+    at("TTFT", "first_s", wait), at("Id", "id")]],
   keys: [d => list(d.keys), [["Key", k => text(k.name) || "(no key)"],
-    ["Requests", k => whole(k.requests), 1], ["Prompt tokens", k => whole(k.prompt), 1],
-    ["Cached", k => whole(k.cached), 1], ["Completion", k => whole(k.completion), 1]]],
+    at("Requests", "requests", whole), at("Prompt tokens", "prompt", whole),
+    at("Cached", "cached", whole), at("Completion", "completion", whole)]],
   pool: [d => list((d.services || {}).models).map((m, i, all) =>
     ({ ...m, acts: i && all[i - 1].model === m.model ? [] : list(m.acts) })),
-    [["Model", m => says(m.model)], ["State", m => says(m.state)], ["Where", m => says(m.where)],
-    ["GB", m => rate(m.gb), 1], ["Since", m => long(m.since_s) || "–", 1],
-    ["Idle", m => long(m.idle_s) || "–", 1], ["Wait", m => whole(m.waiting), 1],
-    ["Next", m => says(m.next)], ["Why", m => says(m.why)], ["Do", null]]],
-  settings: [() => settings, [["Setting", s => says(s.key)], ["Value", s => says(s.value)],
-    ["From", s => says(s.source)]]] };
+    [at("Model", "model"), at("State", "state"), at("Where", "where"), at("GB", "gb", rate),
+    at("Since", "since_s", lasts), at("Idle", "idle_s", lasts), at("Wait", "waiting", whole),
+    at("Next", "next"), at("Why", "why"), ["Do", null]]],
+  settings: [() => settings, [at("Setting", "key"), at("Value", "value"),
+    at("From", "source")]] };
 let view = "servers", mayOperate = false, settings = [];
 
 const node = (tag, textContent, fields) =>
@@ -24051,8 +24017,8 @@ function showServer(url, server) {
   row.body.className = kind + "-server" + (row.body.classList.contains("open") ? " open" : "");
   put(part.name, name);
   put(part.state, MARKS[kind] + " " + row.state, kind);
-  const lasts = long(level ? worst(server).since_s : server.since_s);
-  put(part.since, lasts && "for " + lasts);
+  const so = long(level ? worst(server).since_s : server.since_s);
+  put(part.since, so && "for " + so);
   put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
   put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
   part.bar.style.transform = `scaleX(${Math.min(1, full).toFixed(3)})`;
@@ -24309,8 +24275,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 #  109  reference
 # ══════════
 #
-# The text of `example`, and of `help TOPIC` for settings, policies, paths, errors and metrics.  It
-# comes from the declarations that the program uses, so that it cannot be out of date.
+# The texts come from the declarations that the program uses, so that they cannot be out of date.
 #
 # To add a topic: a function with @topic in any room.
 
@@ -24347,7 +24312,7 @@ def default_word(field: dataclasses.Field[Any]) -> str:
 
 
 def setting_meaning(field: dataclasses.Field[Any]) -> str:
-    """A setting's meaning, its environment variable, and whether a change takes a restart."""
+    """With its environment variable, and whether a change takes a restart."""
     said = field.metadata
     return "; ".join(filter(None, (
         said["meaning"], f"environment {said['env']}" * bool(said["env"]),
@@ -24642,8 +24607,7 @@ def example_topic() -> str:
 #  110  deployment
 # ══════════
 #
-# Files for the programs that run and watch the balancer: `help systemd`, `container`, `kubernetes`,
-# `prometheus`, `grafana`.
+# Each file is a topic of `help`.
 
 COMPILE = "import py_compile; py_compile.compile('{0}.py', '{0}.pyc', doraise=True)"
 
@@ -24991,7 +24955,7 @@ def grafana_topic() -> str:
 #  111  traces
 # ══════════
 #
-# Requests recorded in trace files, ours or published ones; and made-up requests.
+# Trace files are ours or published ones.
 
 AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
 MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
@@ -25014,8 +24978,8 @@ class Torn(ValueError):
 
 
 def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
-    """The arrivals in a trace of our own, Mooncake's or Azure's format, by time.  A half-written
-    last line of our own is left out.  Raises ValueError, which names the wrong line."""
+    """The arrivals in a trace of our own, Mooncake's or Azure's, by time, without a half-written
+    last line.  Raises ValueError, which names the wrong line."""
     arrivals, read, torn = list[Arrival](), None, ""
     for number, line in enumerate(lines, 1):
         if torn:
@@ -25051,7 +25015,7 @@ def reader_for(line: str) -> Callable[[str], list[Arrival]]:
 
 
 def trace_arrivals(line: str) -> list[Arrival]:
-    """The arrival in a line of our own trace; none for a refused request, which made no work."""
+    """From a line of our own trace; none for a refused request, which made no work."""
     said = json_object(line)
     model, output = said.get("model"), whole_number(said, "output_tokens")
     if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
@@ -25114,8 +25078,8 @@ def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def spread(arrivals: list[Arrival]) -> list[Arrival]:
-    """Spread arrivals with the same timestamp evenly over the time to the next: Mooncake rounds
-    timestamps to about 3 s, and a replay would make bursts of them."""
+    """Arrivals with one timestamp, spread evenly over the time to the next: Mooncake rounds to
+    about 3 s, and a replay would make bursts of them."""
     arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
     groups = [list(group) for _, group in itertools.groupby(arrivals, lambda a: a.at_s)]
     gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
@@ -25174,8 +25138,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 #  112  engine
 # ══════════
 #
-# A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
-# cache, a queue.  Nothing here is random.
+# Continuous batching, prompts in chunks, a prefix cache, a queue.  Nothing here is random.
 
 EVEN_CONTEXT = 30_000  # tokens; attending to that many costs as much as the rest of the layers
 
@@ -25194,7 +25157,7 @@ class EngineKind(NamedTuple):
     batched_tokens: int  # at most in one step; vLLM's max_num_batched_tokens
 
     def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
-        """How long a step takes: a smooth roofline of reading and computing, plus overheads."""
+        """A smooth roofline of reading and computing, plus overheads."""
         roofline = math.hypot(self.weights_s, self.token_s * tokens)
         attention = self.token_s * attended / EVEN_CONTEXT
         return (self.step_s + roofline + attention + self.sequence_s * sequences
@@ -25225,21 +25188,11 @@ def kind_for(capacity: float) -> EngineKind:
         name: value * slow for name, value in kind._asdict().items() if name.endswith("_s")})
 
 
-class EngineReport(NamedTuple):
-    running: int
-    waiting: int
-    kv_usage_ratio: float
-    generation_tokens: int
-    prompt_tokens: int
-    prefix_hits: int  # prompt tokens found in the prefix cache
-    kv_tokens: int  # what the KV cache has room for
-
-
 Link = int | tuple[int]  # a hash of a chain; or (number,): the rest of what a request computed
 
 
 class KvCache:
-    """The tokens in a server's KV cache: those of running requests, and, while there is room, idle
+    """The tokens in a server's KV cache: those of running requests and, while there is room, idle
     links that another request may need."""
 
     def __init__(self, room: int):
@@ -25249,7 +25202,7 @@ class KvCache:
         self._idle: OrderedDict[Link, None] = OrderedDict()  # those without users, oldest first
 
     def take(self, tokens: int) -> None:
-        """Take room for a running request, and evict the links that were idle longest for it."""
+        """Take room for a running request, from the links that were idle longest if needed."""
         self.used += tokens
         while (lack := self.used + self.spare - self.room) > 0:
             oldest = next(iter(self._idle))
@@ -25285,8 +25238,8 @@ class KvCache:
             self._users[link] = self._users.get(link, 0) + 1
 
     def free(self, links: Sequence[Link]) -> None:
-        """End a request's use of links.  Later ones are evicted first, as they are of no use
-        without the earlier ones."""
+        """End a request's use of links.  Later ones are evicted first, being useless without the
+        earlier ones."""
         for link in reversed(links):
             self._users[link] -= 1
             if not self._users[link]:
@@ -25318,11 +25271,8 @@ class Job:
 
 class Engine:
     """A vLLM server: it admits requests in order, computes prompts in chunks, and preempts the
-    youngest request when it runs out of room.
-
-    Its time passes in stretches of one step, or of many in which only the answers grow.  `longest`
-    limits the steps of a stretch, to check that stretches change no result.
-    """
+    youngest request when it runs out of room.  Its time passes in stretches of one step, or of many
+    in which only the answers grow, at most `longest`."""
 
     def __init__(self, kind: EngineKind, longest: float = INFINITY):
         self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
@@ -25340,8 +25290,8 @@ class Engine:
         self._generated = self._prompted = self._hits = 0
 
     def add(self, job: Job, now: float) -> bool:
-        """Queue a request, for when the present step has ended.  Returns False if it can never
-        fit into the KV cache: vLLM refuses it."""
+        """Queue a request, for when the present step has ended.  Returns False if it never fits
+        into the KV cache: vLLM refuses it."""
         job.need = max(1, job.arrival.prompt_tokens)
         if job.need + max(1, job.arrival.output_tokens) > self.cache.room:
             return False
@@ -25380,12 +25330,14 @@ class Engine:
         self._begin(now)
         return begun, complete
 
-    def report(self, now: float) -> EngineReport:
+    def report(self, now: float) -> EngineLoad:
         """The engine's load at `now`, which may be within a stretch."""
         grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
-        return EngineReport(
+        made = self._generated + grown
+        return EngineLoad(
             len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
-            self._generated + grown, self._prompted, self._hits, self.cache.room)
+            tokens=self._prompted + made, generation_tokens=made, prefix_hits=self._hits,
+            kv_tokens=self.cache.room)
 
     def _begin(self, now: float) -> None:
         """Schedule a step as vLLM does, and in the same stretch the steps that are like it."""
@@ -25442,7 +25394,7 @@ class Engine:
 
     def _admit(self, job: Job, left: int) -> int:
         """Admit the first waiting job if its whole prompt has room, as vLLM does by default
-        (scheduler_reserve_full_isl).  Returns how many of its tokens this step computes."""
+        (scheduler_reserve_full_isl).  Returns how many tokens this step computes."""
         (links, found), sizes = self.found(job), self.cache.sizes
         rest, kept = (job.number,), 0  # what it computed before it was preempted
         if rest in sizes and found == job.reach:
@@ -25517,8 +25469,8 @@ class Engine:
 #  113  replay
 # ══════════
 #
-# Recorded requests, sent to simulated engines: what would another policy have done, or one more
-# server?  The times come from a model: compare only the rows of one table.
+# What would another policy have done, or one more server?  The times come from a model: compare
+# only the rows of one table.
 
 NETWORK_S = 0.002  # one way, including the balancer
 TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 10 GB/s
@@ -25526,8 +25478,8 @@ PATIENCE_S = 60.0  # how long a router may hold requests while none is in flight
 
 
 class PolicyRouter:
-    """The balancer's own routing in a replay: the same fleet, the same ranking, the same queue.
-    Arrivals and servers are given by number."""
+    """The balancer's own routing in a replay: the same fleet, ranking and queue.  Arrivals and
+    servers are given by number."""
 
     def __init__(self, s: Settings, draw: random.Random) -> None:
         self.settings, self.draw, self.fleet = s, draw, Fleet()
@@ -25540,8 +25492,8 @@ class PolicyRouter:
         self.reading = dict[int, Lease]()  # at servers that read a prompt for another
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
-        """The server for a request, or a pair: the one that reads its prompt and the one that
-        answers.  None leaves it in the queue."""
+        """The server for a request, or a pair: who reads its prompt and who answers.  None leaves
+        it in the queue."""
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
             arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
@@ -25600,13 +25552,8 @@ class PolicyRouter:
         if (unread := self.reading.pop(number, None)) is not None:
             unread.end(now)
 
-    def scraped(self, server: int, report: EngineReport, now: float) -> None:
+    def scraped(self, server: int, load: EngineLoad, now: float) -> None:
         id = self.ids[server]
-        load = EngineLoad(
-            report.running, report.waiting, report.kv_usage_ratio,
-            tokens=report.prompt_tokens + report.generation_tokens,
-            generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
-            kv_tokens=report.kv_tokens)
         self.fleet.scraped(id, load, self.fleet.in_flight(id), now)
 
 
@@ -25704,8 +25651,8 @@ class Replay:
             self._at(engine.ends_s, self._end, server)
 
     def _hand_over(self, _: int, read: Job, now: float) -> None:
-        """Move a prompt's blocks from the server that read it to the one that answers, except those
-        that are there already."""
+        """Move a prompt's blocks from the server that read it to the one that answers, but for
+        those that are there already."""
         server = self._answer_at.pop(read.number)
         self.router.has_read(read.number, now)
         job = Job(read.number, self.arrivals[read.number], read.need, arrived=True,
@@ -25750,7 +25697,7 @@ class Summary(NamedTuple):
 def summary(
     records: Sequence[Record], slo_ttft_s: float, slo_tpot_s: float, warm_up: float = 0.25
 ) -> Summary:
-    """A replay's summary, without the requests of the warm-up at its start."""
+    """Without the requests of the warm-up at its start."""
     begins_s = warm_up * max((record.arrival.at_s for record in records), default=0.0)
     counted = [record for record in records if record.arrival.at_s >= begins_s]
     answered = [record for record in counted if record.total_s < INFINITY]
@@ -25788,7 +25735,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 #  114  comparison
 # ══════════
 #
-# Policies compared on a trace: the program of `replay`.
+# The arguments of `replay`, and its table.
 
 
 def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
@@ -25903,8 +25850,8 @@ def replayed_fleet(
 
 
 def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
-    """The settings to compare, by name: as they are (None), or without roles and with some.
-    {} if there are too few servers."""
+    """The settings to compare, by name: as they are (None), or without roles and with some.  {} if
+    there are too few servers."""
     if wanted is None:
         return {"": s}
     count, variants = len(s.servers), dict[str, Settings]()
@@ -25962,8 +25909,8 @@ def progress_bar(name: str) -> Callable[[float], None]:
 #  115  canned words
 # ══════════
 #
-# A vLLM server's answers, without a model: refusals in vLLM's words (captured from 0.32); otherwise
-# random words, a tool's call, or JSON that fits a schema.
+# Refusals in vLLM's words (captured from 0.32); otherwise random words, a tool's call, or JSON that
+# fits a schema.
 
 SIMULATED_LENGTH = 8192  # max_model_len
 WORDS = (
@@ -26084,8 +26031,8 @@ def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0)
 
 
 class Script(NamedTuple):
-    """The tokens of an answer, as texts, for each choice; with a `tool`, they are the arguments of
-    its call."""
+    """The tokens of an answer, as texts, for each choice; with a `tool`, the arguments of its
+    call."""
 
     choices: list[list[str]]
     tool: str = ""
@@ -26093,8 +26040,8 @@ class Script(NamedTuple):
 
 
 def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tool to call, in any API's form: the one in tool_choice, or the first.  None if there is
-    none, or if the last message already is a tool's result."""
+    """The tool to call: the one in tool_choice, or the first, in any API's form.  None if there is
+    none, or the last message is a tool's result."""
     tools = [one.get("function", one) for one in wanted.get("tools") or () if isinstance(one, dict)]
     turns = wanted.get("messages") or wanted.get("input") or []
     last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
@@ -26119,8 +26066,7 @@ def wanted_schema(wanted: Mapping[str, Any]) -> Any:
 
 
 def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
-    """The script of an answer.  As with vLLM, all servers answer alike to a request with a seed,
-    or at a temperature of 0."""
+    """As with vLLM, all servers answer alike to a request with a seed, or at a temperature of 0."""
     asked = {name: wanted[name] for name in REPEAT_MEMBERS if name in wanted}
     if is_repeatable(asked, SEEDED_PATHS[0]):
         prompt = [wanted.get(name) for name in PROMPT_MEMBERS]
@@ -26160,8 +26106,6 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 # ══════════
 #  116  canned forms
 # ══════════
-#
-# Canned answers in the forms of vLLM's APIs, whole and streamed.
 #
 # To add a form: a class with the events for an answer's start, pieces and end, and its row in
 # FORMS.  A path that generates no text is a row of REPLIES.
@@ -26496,10 +26440,9 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 #  117  simulation
 # ══════════
 #
-# A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
-# realistic pace, queues requests beyond its capacity, slows down as it fills up, and reports its
-# load in /metrics.  POST /simulate {"mode": …} makes it fail, hang, slow down or break its answers
-# off.
+# It streams words at a realistic pace, queues requests beyond its capacity, slows down as it fills
+# up, and reports its load in /metrics.  POST /simulate {"mode": …} makes it fail, hang, slow down
+# or break its answers off.
 
 MODES = ("ok", "fail", "hang", "slow", "cut")
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
@@ -26519,8 +26462,8 @@ WRONG_WORDS = " blocks that were someone else's".split(" ")[1:]
 
 
 class SimulatedBlocks:
-    """The prompts that simulated servers have read for each other, over the named connector (or
-    "nixl_push").  As with vLLM, a handle is good once; with a used one the text is wrong."""
+    """The prompts that servers have read for each other, over the named connector (or "nixl_push").
+    As with vLLM, a handle is good once; with a used one the text is wrong."""
 
     def __init__(self, connector: str) -> None:
         self.connector, self._kept, self._taken = connector, set[str](), set[str]()
@@ -26563,7 +26506,7 @@ class SimulatedBlocks:
 
 
 class SimulatedServer:
-    """A simulated vLLM server at `url`; `async with` starts and stops it.  Servers that share
+    """A simulated vLLM server at `url`; `async with` starts and stops it.  Those that share
     `blocks` can read prompts for each other."""
 
     def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0,
@@ -26817,8 +26760,8 @@ class Generation:
 #  118  understudy
 # ══════════
 #
-# `simulate-vllm` stands in for `vllm serve`: a process with its options, start time, sleep and ways
-# to die, but without a GPU.  `demo --pool` runs a pool of them.
+# `simulate-vllm` has the options, start time, sleep and ways to die of `vllm serve`, but no GPU.
+# `demo --pool` runs a pool of them.
 
 SIMULATED_KIND = Simulated(16, 0.01, 20000)
 # A server's engine outlives it, as vLLM's does, but only by a minute.
@@ -27045,7 +26988,7 @@ async def demo_traffic(
     balancer: Balancer, rate: float, draw: random.Random, path: str,
     requests: Callable[[], list[dict[str, Any]]],
 ) -> None:
-    """Send what `requests` returns, `rate` times per second on average, for ever."""
+    """Send what `requests` returns, `rate` times per second on average."""
     running = set[asyncio.Task[None]]()
     try:
         while True:
@@ -27092,9 +27035,8 @@ async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
                discovery: bool = False, rate: float = 0.0, connector: str = "") -> None:
     """Have `run` run a balancer in front of `count` simulated servers.  With `discovery`, all but
-    the first register themselves, and come and go.  A `rate` (requests per second) makes traffic,
-    and servers have mishaps.  With a `connector`, the first half reads prompts that the others
-    answer."""
+    the first come and go.  A `rate` (requests per second) makes traffic and mishaps.  With a
+    `connector`, the first half reads prompts that the others answer."""
     blocks = SimulatedBlocks(connector) if connector else None
     async with contextlib.AsyncExitStack() as stack:
         servers = []
@@ -27190,8 +27132,7 @@ def run_demo(args: argparse.Namespace) -> int:
 #  120  doctor
 # ══════════
 #
-# Each server is asked for everything that the balancer relies on; each problem found is shown with
-# a remedy.
+# Each server is asked for all that the balancer relies on; each problem found has a remedy.
 
 
 class Finding(NamedTuple):
@@ -27200,7 +27141,7 @@ class Finding(NamedTuple):
 
 
 def findings_among(*rows: tuple[object, str, str]) -> list[Finding]:
-    """The findings among rows that each say whether it is one, its text and its advice."""
+    """From rows that each say whether it is one, its text and its advice."""
     return [Finding(text, advice) for is_one, text, advice in rows if is_one]
 
 
@@ -27304,7 +27245,7 @@ def unusable_finding(server: ServerSettings, why: str) -> Finding:
 def load_findings(
     server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
 ) -> list[Finding]:
-    """Findings about a server's load, from /metrics: its status and what was read from it."""
+    """From /metrics: its status and what was read from it."""
     if status != 200:
         how = f"answered {status}" if status else "did not answer"
         return [Finding(f"/metrics {how}: its load is unknown, only our own requests are counted",
@@ -27324,7 +27265,7 @@ def load_findings(
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
-    """Findings about a streamed answer; that a server generates no text (404, 400) is none."""
+    """That a server generates no text (404, 400) is none."""
     if streamed is None:
         return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
                         " (health_check_timeout)", "look at its load, or at its log")]
@@ -27348,7 +27289,7 @@ def came_at_once(streamed: Streamed | None) -> bool:
 
 
 def buffered_findings(streamed: Streamed | None) -> list[Finding]:
-    """Findings about an idle server's second stream, after its first came all at once."""
+    """From an idle server's second stream, after its first came all at once."""
     return findings_among((
         came_at_once(streamed),
         f"{streamed and streamed.events} tokens came at once: streams are buffered on the way",
@@ -27357,7 +27298,7 @@ def buffered_findings(streamed: Streamed | None) -> list[Finding]:
 
 
 def secret_files(path: str, s: Settings) -> list[str]:
-    """The files that hold keys, among the settings file at `path` and the files that it names."""
+    """Those that hold keys, of the settings file at `path` and the files it names."""
     servers = (*s.servers, *s.patterns)
     entries: tuple[Any, ...] = (s, *servers, *s.keys)
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
@@ -27375,7 +27316,7 @@ def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
 
 
 def folder_findings(s: Settings) -> list[Finding]:
-    """Findings about the folders that log_dir and state_file need: the first is made if missing."""
+    """On the folders that log_dir and state_file need: the first is made if missing."""
     above = os.path.abspath(s.log_dir) if s.log_dir else ""
     while above and not os.path.lexists(above):
         above = os.path.dirname(above)
@@ -27395,8 +27336,7 @@ def folder_findings(s: Settings) -> list[Finding]:
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
-    """Findings about the settings and this machine, whose file descriptors are enough for
-    `clients`."""
+    """On the settings, and on this machine, whose file descriptors are enough for `clients`."""
     needed, servers = 2 * s.max_connections + SPARE_DESCRIPTORS, (*s.servers, *s.patterns)
     drawn, roles = ({getattr(one, key) for one in servers} for key in ("pool", "role"))
     others = {*s.registration_networks} - {*LOOPBACK}
@@ -27427,7 +27367,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 def name_rows(s: Settings, examined: Sequence[Examined]) -> Iterator[tuple[object, str, str]]:
-    """Rows about names of models in the settings, if all servers have told theirs."""
+    """On names of models in the settings, if all servers have told theirs."""
     if not all(one.models is not None for one in examined):
         return
     known = {name for one in examined for name in one.models or ()}
@@ -27448,7 +27388,7 @@ def name_rows(s: Settings, examined: Sequence[Examined]) -> Iterator[tuple[objec
 def model_findings(
     model: ModelSettings, s: Settings, devices: Sequence[Device]
 ) -> list[Finding]:
-    """Findings about what would keep one of [[models]] from starting on this machine."""
+    """On what would keep one of [[models]] from starting here."""
     try:
         model = with_profile(model, {one.name: one for one in s.profiles})
     except LookupError as error:
@@ -27494,8 +27434,8 @@ def check_models(s: Settings) -> int:
 #  121  transfers
 # ══════════
 #
-# Whether prefill and decode servers work together: their reports about themselves are compared, and
-# one reads a prompt that the other answers, with the same legs as for clients' requests.
+# Prefill and decode servers' reports about themselves are compared, and one reads a prompt that the
+# other answers, with the same legs as for clients' requests.
 
 TRIAL_PATH = "/v1/completions"
 TRIAL_WORDS = 150  # of the prompt, which makes several blocks; a block has up to 128 tokens
@@ -27528,7 +27468,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Finding]]:
-    """Pairs that cover each server for each of its models, and findings where there is no pair."""
+    """Pairs that cover each server for each of its models, and findings where there is none."""
     pairs, findings = list[Pair](), list[Finding]()
     roled = sorted({one.view.settings.role for one in sides} - {"both"})
     if roled and not s.disaggregation:
@@ -27570,7 +27510,7 @@ def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side,
 
 
 def pair_findings(pair: Pair) -> list[Finding]:
-    """Findings about what two servers report about themselves and disagree on."""
+    """On what two servers report about themselves and disagree on."""
     sides = pair.prefill, pair.decode
     findings, (one, other) = list[Finding](), [side.view.name for side in sides]
     models = [(side.examined.models or {}).get(pair.model, {}) for side in sides]
@@ -27684,7 +27624,7 @@ class Trial:
         """Check that the side channel named in an answer can be reached."""
         if not (isinstance(host, str) and type(port) is int):
             return
-        own, why = urllib.parse.urlsplit(self.reader.settings.url).hostname or "", ""
+        own, why = host_of(self.reader.settings.url), ""
         if is_local_name(host) and not is_local_name(own):
             why = "is an address that other machines cannot reach"
         else:
@@ -27733,8 +27673,8 @@ def answer_words(status: int, said: bytes) -> str:
 async def try_pairs(
     s: Settings, servers: Sequence[ServerSettings], found: Sequence[Examined], secrets: Secrets
 ) -> tuple[list[tuple[str, list[Finding]]], list[Finding]]:
-    """Try each pair that should work.  Returns a line and findings for each pair, and findings
-    about servers without one."""
+    """A line and findings for each pair that should work, and findings about servers without
+    one."""
     fleet = Fleet()
     fleet.apply(servers, 0.0)
     known = {server.id: one for server, one in zip(servers, found) if one.usable}
@@ -27757,12 +27697,12 @@ async def try_pairs(
 #  122  check config
 # ══════════
 #
-# The program of `check-config`: all servers that the settings name or find, the models that could
-# start here, and the settings in force.
+# All servers that the settings name or find, the models that could start here, and the settings in
+# force.
 
 
 def total_capacity(servers: Sequence[ServerSettings]) -> str:
-    """The capacity of all engines together, in words; some of it may still have to be learned."""
+    """Of all engines, in words; some of it may still have to be learned."""
     known = sum(one.max_concurrent_requests * one.data_parallel_size for one in servers)
     learned = any(one.max_concurrent_requests == AUTO for one in servers)
     assumed = " (assumed, until there is traffic)" * learned
@@ -27790,7 +27730,7 @@ PATH_KEYS = {name for fields in (CONFIG_FIELDS, SERVER_FIELDS, KEY_FIELDS, KUBER
 
 
 def relative_paths(found: Any, folder: str) -> Iterator[str]:
-    """A line for each relative path in a settings document, with the folder that it starts from."""
+    """A line for each relative path in a settings document, with what it means."""
     for one in found if isinstance(found, list) else ():
         yield from relative_paths(one, folder)
     for key, value in found.items() if isinstance(found, dict) else ():
