@@ -1126,7 +1126,7 @@ Pairs = Sequence[tuple[str, str]]  # (field name, value)
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """Field lines to pass on: the end-to-end ones, in order, without those that are `dropped` or
     that Connection names; then the `added` ones, in place of others of the same name."""
-    drop, lines = {*HOP_BY_HOP, *dropped}, list[str]()
+    drop, lines = {*HOP_BY_HOP, *dropped}, []
     for name, _ in added:
         drop.add(name.lower())
     if "connection" in fields.values:
@@ -1345,7 +1345,7 @@ def parse_samples(
 
 @functools.lru_cache(LABEL_SETS_LIMIT)  # a server's pages differ only in values
 def parse_labels(text: str) -> Mapping[str, str]:
-    labels, at = dict[str, str](), 0
+    labels, at = {}, 0
     while (label := LABEL.match(text, at)) is not None:
         labels[label[1]], at = unescape(label[2]), label.end()
     return labels
@@ -1757,7 +1757,7 @@ def compiled(score: str) -> CompiledFormula:
         tree = ast.parse(score.strip()[: SCORE_LIMIT + 1], mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError("a formula like (running + 0.5 * waiting) / capacity") from None
-    functions = set[int]()
+    functions = set()
     for node in ast.walk(tree):  # outer nodes come before inner ones
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
             if node.value > sys.float_info.max and isinstance(node.value, int):
@@ -2653,7 +2653,7 @@ class SettingsReader:
 
     def pools(self, lists: Mapping[str, Mapping[int, Any]]) -> dict[str, float]:
         """The share of requests for each pool, in percent; servers without a pool get the rest."""
-        given, pools, check = self.table("pools"), dict[str, float](), real(0, 100)
+        given, pools, check = self.table("pools"), {}, real(0, 100)
         for name, value in given.items():
             try:
                 pools[name] = check(value)
@@ -2679,7 +2679,7 @@ class SettingsReader:
     def disaggregation(
         self, entries: Mapping[int, DisaggregationSettings]
     ) -> tuple[DisaggregationSettings, ...]:
-        aliases, found = self.table("aliases"), dict[str, DisaggregationSettings]()
+        aliases, found = self.table("aliases"), {}
         for i, entry in entries.items():
             model = aliases.get(entry.model, entry.model)
             if model in found:
@@ -2690,7 +2690,7 @@ class SettingsReader:
 
     def entries(self, table: str) -> dict[int, Any]:
         """The valid entries of a list of tables, by their index in it."""
-        kinds, found, known = LISTS[table], dict[int, Any](), set[str]()
+        kinds, found, known = LISTS[table], dict[int, Any](), set()
         entries = self.server_list() if table == "servers" else self.document.get(table, [])
         if isinstance(entries, dict):
             text = f"found [{table}], expected [[{table}]], in two pairs of brackets"
@@ -2727,7 +2727,7 @@ class SettingsReader:
             self.warnings.append(self.complaint_at((*path, key), text))
 
     def aliases(self) -> dict[str, str]:
-        table, found = self.table("aliases"), dict[str, str]()
+        table, found = self.table("aliases"), {}
         for alias, model in table.items():
             if isinstance(model, str) and model and model not in table:
                 found[alias] = model
@@ -2745,7 +2745,7 @@ class SettingsReader:
         self, table: Mapping[str, Any], fields: Mapping[str, Any], path: Path
     ) -> dict[str, Any]:
         """The values of these fields in a table, by the fields' current names."""
-        values = dict[str, Any]()
+        values = {}
         self.warn_unknown(table, fields, path)
         for key, value in table.items():
             if (name := current_name(key)) in values:
@@ -2817,7 +2817,7 @@ def line_of(toml: str, path: Path) -> int:
     """The line on which a key is, 1-based, or 0.  tomllib does not tell, so this searches as a
     person would, in a text without comments and values: for the table's header or the n-th entry,
     and then for the key."""
-    start, end, entries = 0, len(toml), list[int]()
+    start, end, entries = 0, len(toml), []
     if len(path) > 1 and isinstance(path[1], int):
         name = path[0]
         entry = re.compile(rf"^[ \t]*\[\[{name}(?:\.{name})?\]\]|\{{", re.MULTILINE)
@@ -3378,15 +3378,15 @@ def read_prompt(
     start = prompt_start(content, spans, members)
     if not start:
         return NO_PROMPT
-    leading, behind = list[str](), 0
+    leading, behind, found = [], 0, members if spans is None else spans
     for name in LEADING_MEMBERS:
-        if name in (members if spans is None else spans):
+        if name in found:
             said, at = leading_member(content, spans, members, name)
             leading.append(said)
             behind += len(said) if at > start else 0
-    size, lead = max(0, len(content) - start - behind), sum(map(len, leading)) // BYTES_PER_TOKEN
+    size, lead = len(content) - start - behind, sum(map(len, leading)) // BYTES_PER_TOKEN
     raw = bytes(memoryview(content)[start : start + LINK_ENDS[-1]])
-    chain, link, begin = list[int](), hash((model, *leading)), 0
+    chain, link, begin = [], hash((model, *leading)), 0
     if lead:
         chain.append(link)
     for end in LINK_ENDS:
@@ -3454,7 +3454,7 @@ class PrefixCache:
         self.links: OrderedDict[int, int] = OrderedDict()  # with the tokens of each
         self._tokens = 0
         # Links that only one unanswered request has brought, each with all that it brought.
-        self._unsure = dict[int, tuple[int, ...]]()
+        self._unsure: dict[int, tuple[int, ...]] = {}
         self.limit_tokens = CACHE_TOKENS
 
     def cached_links(self, chain: Sequence[int]) -> int:
@@ -3570,7 +3570,7 @@ def read_call(
     """The call that a request makes, and the content to send.  The model is named in JSON or form
     content, or in the query if there is no content; only an alias, or the default model where none
     is named, changes the content.  Raises BadMessage."""
-    members, boundary = dict[str, Any](), b""
+    boundary, members = b"", dict[str, Any]()
     if (content_type := head.fields.values.get("content-type", ""))[:1] in ("m", "M"):
         boundary = form_boundary(content_type)
     if boundary:
@@ -3726,6 +3726,7 @@ def refuse_nested(
             raise BadMessage(f"{name} is not for clients to say")
 
 
+OTHER_UTF = re.compile(rb"(?s)(?=.{0,3}\0|\xff\xfe|\xfe\xff)[\0\xff\xfe \t\r\n]*+\{")
 # Members in which a client could send what only servers may.
 GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_id"))
 
@@ -3748,9 +3749,8 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
     could hide such content (RFC 8259 §8.1 demands UTF-8)."""
     if spans is not None or not GUARDED_MEMBERS.isdisjoint(members):
         refuse_guarded(content, spans or {}, members)
-    if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
-            raise BadMessage("the content is JSON in another encoding than UTF-8")
+    if OTHER_UTF.match(content):
+        raise BadMessage("the content is JSON in another encoding than UTF-8")
 
 
 class Destination(NamedTuple):
@@ -3842,6 +3842,9 @@ class Notation(Enum):
     CHOICES = "choices"  # a document, with or without a list of choices
     RESPONSE = "response"  # a document of /v1/responses
 
+    def __init__(self, value: str) -> None:  # Python 3.11 looks members up slowly, but not these
+        self.is_legible, self.is_stream = value != "opaque", value == "events"
+
 
 def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
     """The notation of an answer; a stored response (/v1/responses/ID) shows an earlier one's end,
@@ -3857,7 +3860,7 @@ def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
 
 def parse_event(event: bytes) -> tuple[bytes, bytes]:
     """The name and the data of an event."""
-    name, data = b"", list[bytes]()
+    name, data = b"", []
     for line in event.splitlines():
         field, _, value = line.partition(b":")
         if field == b"event":
@@ -3894,7 +3897,7 @@ OPENINGS = {b"}": b'{"":', b"]": b"["}
 def closing_part(end: bytes) -> bytes:
     """Valid JSON made of the end of a document: its complete members, at their depth; the one that
     is cut gets the name "".  A whole document is returned unchanged."""
-    depth, at, cut, inside, goes_on = list[bytes](), 0, 0, list[bytes](), True
+    depth, at, cut, inside, goes_on = list[bytes](), 0, 0, [], True
     turned = end[::-1]
     while goes_on:
         mark = BACKWARDS.match(turned, at)
@@ -3940,7 +3943,7 @@ REQUEST_ERRORS = frozenset(
 
 def may_admit(content: bytes) -> bool:
     for word in ADMISSIONS:
-        if word in content:
+        if content.find(word) >= 0:  # `in` tries to take bytes for a number first, which is slow
             return True
     return False
 
@@ -3989,7 +3992,7 @@ Said = tuple[bytes, dict[str, Any]]  # an event's name, and its data; a document
 
 def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iterator[Said]:
     """The document at an answer's end; or, last first, a stream's events with any of the words."""
-    if notation is not Notation.EVENTS:
+    if not notation.is_stream:
         yield b"", document_at_end(tail)
         return
     for event in reversed(BLANK_LINE.split(tail)):
@@ -4000,14 +4003,14 @@ def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iter
 
 def bad_end(tail: bytes, notation: Notation) -> Fault | None:
     """The failure that a stream's last events, or a document's end, report; None if none."""
-    if notation is Notation.EVENTS and MESSAGE_STOP in tail and has_no_reason(tail):
+    if notation.is_stream and MESSAGE_STOP in tail and has_no_reason(tail):
         return Fault.ABORTED
-    if notation is Notation.OPAQUE or not may_admit(tail):
+    if not notation.is_legible or not may_admit(tail):
         return None
     for name, said in said_at_end(tail, notation, ADMISSIONS):
         of_response = notation is Notation.RESPONSE
         fault = response_fault(said) if of_response else fault_admitted(name, said)
-        if fault is Fault.ABORTED or (fault is not None and notation is Notation.EVENTS):
+        if fault is Fault.ABORTED or (fault is not None and notation.is_stream):
             return fault
     return None
 
@@ -4247,12 +4250,12 @@ USAGE_PLACES = {
 
 def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
     """The prompt, cached and completion tokens that an answer's end reports; {} if none."""
-    if notation is Notation.OPAQUE or b'"usage"' not in tail:
+    if not notation.is_legible or (at := tail.rfind(b'"usage"')) < 0:
         return {}
-    if notation is Notation.EVENTS:
+    if notation.is_stream:
         ends = said_at_end(tail, notation, (b'"usage"',))
     else:  # the last `usage` should be the answer's own, and little follows it
-        near = tail[max(0, tail.rfind(b",", 0, tail.rfind(b'"usage"'))) :]
+        near = tail[max(0, tail.rfind(b",", 0, at)) :]
         ends = zip((b"", b""), map(document_at_end, (near, tail)))
     for name, said in ends:
         kind = name.decode("latin-1") or said.get("type")
@@ -4265,7 +4268,7 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
 
 def usage_tokens(usage: Mapping[str, Any]) -> dict[str, int]:
     """The plausible numbers of tokens, by kind; the larger of two for one kind."""
-    found = dict[str, int]()
+    found: dict[str, int] = {}
     for name, tokens in usage.items():
         kind, within = USAGE_PLACES.get(name, ("", ""))
         if within:
@@ -4752,7 +4755,7 @@ class Join:
 
     def take(self, piece: bytes) -> bytes:
         """The new part of a piece, as whole events."""
-        piece, cut, out = self._torn + piece, 0, list[bytes]()
+        piece, cut, out = self._torn + piece, 0, []
         for found in BLANK_LINE.finditer(piece):
             event = piece[cut : found.end()]
             cut = found.end()
@@ -4779,7 +4782,7 @@ class Join:
 
     def rest_of(self, event: bytes, name: bytes, said: Shape) -> bytes:
         parts, trimmed = list(parts_of(said)), False
-        new = set[Any]()  # owners of new parts
+        new = set()  # owners of new parts
         for part in parts:
             fresh, cut = self.trim(part)
             trimmed = trimmed or cut
@@ -4902,7 +4905,7 @@ def differs(key: tuple[Any, ...]) -> BadMessage:
 
 def drop_empty(said: Shape) -> None:
     """Remove choices and tool calls that have become empty."""
-    kept = list[Shape]()
+    kept = []
     for choice in said.get("choices", ()):
         delta = typed_member(choice, "delta", dict)
         if calls := delta.get("tool_calls"):
@@ -5147,7 +5150,7 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
     found: dict[str, list[Sample]] = {}
     for sample in samples:
         found.setdefault(sample.name, []).append(sample)
-    values, said = dict[str, float](), dict[str, list[Sample]]()
+    values, said = {}, {}
     for key, names in VLLM_METRICS.items():
         if (name := next(filter(found.__contains__, names), None)) is not None:
             join = max if key == "kv_usage" else sum  # of several engines (data parallel)
@@ -5524,7 +5527,7 @@ class Counts:
         if (elapsed_s := now - self.at) > 0:
             if self.in_flight:
                 self.request_s += self.in_flight * elapsed_s
-            self.rate *= max(0.0, 1 - elapsed_s / READ_MEMORY_S)
+            self.rate *= 1 - elapsed_s / READ_MEMORY_S if elapsed_s < READ_MEMORY_S else 0.0
             self.at = now
 
 
@@ -6353,7 +6356,7 @@ class Fleet:
         """The tokens of a prompt that each server has probably cached, in the order of `views`."""
         if not (chain := prompt.prefix_hashes):
             return [0] * len(self._members)
-        out, tokens = list[int](), dict[int, int]()
+        out, tokens = [], {}
         first = chain[0]
         for member in self._members.values():
             cache = member.cache
@@ -6379,7 +6382,7 @@ class Fleet:
     ) -> tuple[list[str], list[str]]:
         """Make the fleet what the settings want.  Returns (ids added, ids now draining).  A server
         that is wanted again while it drains stays, with all that is known about it."""
-        old, members, drained = self._members, dict[str, Member](), frozenset(drained)
+        old, members, drained = self._members, {}, frozenset(drained)
         staying = {id for id, member in old.items() if not member.view.draining}
         kin = {member.view.server: member.view for member in old.values()}
         rest = round(100.0 - sum(pools.values()), 6)
@@ -6586,7 +6589,7 @@ Named = Mapping[Source, Mapping[str, ServerSettings]]  # each source's servers, 
 
 def merge_sources(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
     """The roster by id: each server as the first source that has it defines it."""
-    entries = dict[str, Entry]()
+    entries = {}
     for source in Source:
         for id, server in named.get(source, {}).items():
             if id not in entries and id not in by_hand.removed:
@@ -6648,8 +6651,9 @@ class Roster:
         self.on_change: Callable[[], object] = lambda: None
         self.keepers: dict[Source, Keeper] = {}
         self.kept: dict[str, Any] = {}  # what a predecessor's keepers have dumped
-        self._named = {source: dict[str, ServerSettings]() for source in Source}
-        self._removed, self._drained = set[str](), set[str]()
+        self._named: dict[Source, dict[str, ServerSettings]] = {source: {} for source in Source}
+        self._removed: set[str] = set()
+        self._drained: set[str] = set()
         self._weights: dict[str, float] = {}
 
     def define(self, source: Source, servers: Mapping[str, ServerSettings]) -> None:
@@ -6664,7 +6668,7 @@ class Roster:
         added = self._named[Source.BY_HAND]
         for id in added.keys() & self._named[Source.FILE].keys():  # now in the file
             del added[id]
-        known = set[str]().union(*self._named.values())
+        known = set().union(*self._named.values())
         self._removed &= known
         self._drained &= known
         self._weights = {id: weight for id, weight in self._weights.items() if id in known}
@@ -6793,7 +6797,7 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     """The index of the lowest cost, drawn among costs that are up to `tie` times as high."""
     lowest = min(costs)
     limit = lowest * tie if lowest > 0 else lowest / tie
-    good = list[int]()
+    good = []
     for n, cost in enumerate(costs):  # in Python 3.11, a comprehension is a call
         if cost <= limit:
             good.append(n)
@@ -6892,14 +6896,14 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     """For each server what `estimate_of` takes.  It runs for each attempt, so it is fast."""
     now, interval_s = eligible.moment.now, eligible.moment.interval_s
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
-    mean = sum(eligible.in_flight) / max(1, len(eligible.views))
-    late, in_time_s = min(1.0, OTHERS_TOKENS / max(1.0, length)), LATE_FROM * slo_s or INFINITY
+    mean, in_time_s = sum(eligible.in_flight) / len(eligible.views), LATE_FROM * slo_s or INFINITY
+    late = OTHERS_TOKENS / length if length > OTHERS_TOKENS else 1.0
     if length <= 1:  # prefill: the requests there come first, and no answers run
         mean, late, in_time_s = 0.0, 0.0, INFINITY
     step_tokens = STEP_TOKENS if length > 1 else 0
     tried_at = now if tokens <= RETEST_TOKENS else -INFINITY
     kept, shares = conditions.of(eligible), eligible.slow_start
-    out = list[tuple[Any, ...]]()
+    out = []
     for n, view, ours, pending, cached, condition in zip(
             range(len(kept)), eligible.views, eligible.in_flight, eligible.pending,
             eligible.cached, kept):
@@ -7993,8 +7997,8 @@ class Retries:
     ) -> None:
         self.choose, self.settings, self._draw, self._afford = choose, s, draw, afford
         self.attempts = 0
-        self.tried = frozenset[str]()
-        self.unfit = frozenset[str]()  # those that are not asked even if there is no other
+        self.tried: frozenset[str] = frozenset()
+        self.unfit = self.tried  # those that are not asked even if there is no other
         self.searched = 0  # of these, those that said that they lack what is wanted
 
     def ranked(self, failure: Outcome) -> Generator[Step, Outcome, Ranking | None]:
