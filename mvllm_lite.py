@@ -16035,7 +16035,6 @@ def main(argv: list[str] | None = None) -> int:
 # nothing.  After a failed one, the addresses known before stay in use.
 
 LOOKUP_LIMIT_S = 10.0  # a slower lookup counts as failed, although its end is still awaited
-LOOKUPS_AT_ONCE = 32
 NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 Resolve = Callable[[str, socket.AddressFamily], Sequence[str]]  # in a thread; raises OSError
 FAMILIES = {0: (socket.AF_INET, socket.AF_INET6), 4: (socket.AF_INET,), 6: (socket.AF_INET6,)}
@@ -16090,7 +16089,7 @@ class NameFollower:
 
     def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = look_up) -> None:
         self._core, self._wanted, self._resolve = core, wanted, resolve
-        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._lookups = asyncio.Semaphore(32)  # at once
         known = core.roster.named_by(Source.DNS).values()
         self._found = {entry.dns: tuple(one.address for one in known if one.like == entry.dns)
                        for entry in wanted.entries}
@@ -16198,6 +16197,7 @@ ANNOTATED = (  # the keys of its servers that a pod may set
 BOOTSTRAP_ANNOTATION = "vllm.ai/bootstrap-port"  # as vllm-project/router reads it
 WORKER_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"  # only 0 answers requests
 POD_PORT = 8000  # vLLM's own
+Document = Mapping[str, Any]  # in JSON
 
 
 class Pod(NamedTuple):
@@ -16392,9 +16392,7 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
     return Offer(servers, "", warnings)
 
 
-def read_annotations(
-    one: Pod, pools: Collection[str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_annotations(one: Pod, pools: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The keys that a pod's annotations set, and a warning for each annotation that is ignored."""
     values, wrong = dict[str, Any](), list[str]()
     for name, value in sorted(one.annotations, reverse=True):  # ours come last, and win
@@ -16579,9 +16577,7 @@ def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: s
         status, f"answered {status}: {why}" + (reason and f" ({shown(reason, 200)})"), seconds)
 
 
-def watch_report(
-    listing: Listing, offers: Mapping[Pod, Offer], now: float
-) -> dict[str, Any]:
+def watch_report(listing: Listing, offers: Mapping[Pod, Offer], now: float) -> dict[str, Any]:
     unused = [(pod.name, offer.why_not) for pod, offer in offers.items() if offer.why_not]
     contact_s = None if listing.contact_at == -INFINITY else round(now - listing.contact_at, 1)
     return {
@@ -16629,8 +16625,7 @@ class Cluster(NamedTuple):
 
 
 # Keys of a kubeconfig's cluster or user that are refused: they need programs, passwords, proxies.
-KUBECONFIG_REFUSED = (
-    "exec", "auth-provider", "username", "as", "proxy-url", "tls-server-name")
+KUBECONFIG_REFUSED = ("exec", "auth-provider", "username", "as", "proxy-url", "tls-server-name")
 
 
 def parse_kubeconfig(text: str) -> Cluster:
@@ -16803,8 +16798,7 @@ class Watch:
                 return await self._watch(api, path, timeout_s)
             api.limit_bytes = PAGE_LIMIT_BYTES
             status, content = await api.fetch(path, timeout_s)
-            failure = self._failure_of(api, content) or self.listing.take_page(
-                document_of(content))
+            failure = self._failure_of(api, content) or self.listing.take_page(document_of(content))
             if failure is None:
                 self._note("list")
             return failure
@@ -16900,9 +16894,7 @@ class Watches:
     """All watches, and the servers they find together.  One that `before` had goes on from
     there."""
 
-    def __init__(
-        self, core: Core, wanted: ClustersWanted, before: Watches | None = None
-    ) -> None:
+    def __init__(self, core: Core, wanted: ClustersWanted, before: Watches | None = None) -> None:
         self._core = core
         known = {one.listing.what: one for one in before.all} if before else {}
         self.all: list[Watch] = [
@@ -17225,7 +17217,7 @@ class Registration:
 
     id: str  # the worker_id it chose, or its address
     registrar: Registrar
-    said: Mapping[str, Any]  # its content, with our names for the keys
+    said: Document  # its content, with our names for the keys
     servers: Mapping[str, ServerSettings]  # the server it is, or those it runs now, by id
     url: str  # of the server; or what the URLs of an agent's servers begin with
     worker_url: str  # where the agent itself is reached
@@ -17321,7 +17313,7 @@ class RegistrationBook:
                  "placed": dict(one.placed), "age_s": now - one.registered_at,
                  "silent_s": now - one.seen_at} for one in self.by_id.values()]
 
-    def load(self, document: Iterable[Mapping[str, Any]], now: float) -> None:
+    def load(self, document: Iterable[Document], now: float) -> None:
         """Take what a predecessor dumped, all or nothing.  Raises SettingsError or, for a malformed
         document, ValueError, TypeError, KeyError or AttributeError."""
         found = dict[str, Registration]()
@@ -17334,9 +17326,7 @@ class RegistrationBook:
         self._tell()
 
 
-def parse_registration(
-    said: Mapping[str, Any], registrar: Registrar, place: Placing
-) -> Registration:
+def parse_registration(said: Document, registrar: Registrar, place: Placing) -> Registration:
     """What that content registers; null and unknown members are ignored.  Raises SettingsError."""
     said = {REGISTERED_WORDS.get(key, key): value for key, value in said.items()
             if value is not None}
@@ -17359,8 +17349,7 @@ def parse_registration(
                if str(one.get("status")).lower() == "running"] if is_agent else [(url, said)]
     servers = {id: registered_server(id, one, placed) for id, one in running}
     id = said.get("worker_id") or url.partition("://")[2]
-    return Registration(
-        id, registrar, said, servers, url, urls.get("worker_url", url), placed)
+    return Registration(id, registrar, said, servers, url, urls.get("worker_url", url), placed)
 
 
 def wrong(key: str, found: Any, expected: object) -> SettingsError:
@@ -17378,7 +17367,7 @@ def placed_url(said: Any, place: Placing, placed: dict[str, tuple[str, str]]) ->
 
 
 def registered_server(
-    url: str, said: Mapping[str, Any], placed: Mapping[str, tuple[str, str]]
+    url: str, said: Document, placed: Mapping[str, tuple[str, str]]
 ) -> ServerSettings:
     """Raises SettingsError."""
     _, address = placed[host_of(url)]
@@ -17485,13 +17474,12 @@ class Registrations:
 
     def __init__(self, core: Core) -> None:
         self.core, self.book = core, RegistrationBook()
-        self.loop = asyncio.get_running_loop()
         self.holds_zmq = False  # true until we listen there: silence is not their fault then
         self._timer: asyncio.TimerHandle | None = None
         self.book.on_change.append(self.define)
         core.roster.keepers[Source.REGISTERED] = self
         try:
-            self.book.load(core.roster.kept.pop(Source.REGISTERED.value, ()), self.loop.time())
+            self.book.load(core.roster.kept.pop(Source.REGISTERED.value, ()), loop_time())
         except (ValueError, TypeError, KeyError, AttributeError, SettingsError) as error:
             log.warning("what was registered has to register again: %s", error)
 
@@ -17502,7 +17490,7 @@ class Registrations:
         return found
 
     def dump(self) -> list[dict[str, Any]]:
-        return self.book.dump(self.loop.time())
+        return self.book.dump(loop_time())
 
     def define(self) -> None:
         self.core.roster.define(Source.REGISTERED, self.book.servers())
@@ -17512,7 +17500,7 @@ class Registrations:
     def take(self, new: Registration) -> None:
         """Take a registration, new or repeated.  Raises BadMessage."""
         core, known = self.core, self.book.by_id.get(new.id)
-        if self.book.put(new, self.loop.time()) and (known is None or known.url != new.url):
+        if self.book.put(new, loop_time()) and (known is None or known.url != new.url):
             what = "agent" if new.is_agent else "server"
             log.info("%s registered: %s %s (%s)%s", new.id, what, new.url, new.registrar.value,
                      f" in place of {known.url}" if known else "")
@@ -17528,11 +17516,11 @@ class Registrations:
         if self._timer is None or self._timer.when() > due:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self.loop.call_at(due, self.expire, due)
+            self._timer = asyncio.get_running_loop().call_at(due, self.expire, due)
 
     def expire(self, due: float) -> None:
         """End the silent ones; if this process itself was stalled, hear everybody first."""
-        self._timer, now = None, self.loop.time()
+        self._timer, now = None, loop_time()
         if now > due + STALL_S:
             self.expire_by(now + 1.0)
             return
@@ -17544,7 +17532,7 @@ class Registrations:
             self.expire_by(self.book.next_expiry())
 
 
-async def peer_of(asked: Asked, said: Mapping[str, Any]) -> Peer:
+async def peer_of(asked: Asked, said: Document) -> Peer:
     """Who registers, with the addresses of names in the content where they matter."""
     assert asked.visit is not None
     resolved, s = dict[str, list[str]](), asked.visit.settings
@@ -17847,8 +17835,7 @@ class ZmqListener:
             return
         book, place = self.registrations.book.by_id, found.place
         others = (one for one in book.values() if one.registrar is Registrar.ZMQ)
-        if found.id not in book and sum(
-                one.place == place for one in others) >= ZMQ_SERVERS_EACH:
+        if found.id not in book and sum(one.place == place for one in others) >= ZMQ_SERVERS_EACH:
             raise BadMessage(f"the limit of {ZMQ_SERVERS_EACH} servers at {place} is reached")
         self.registrations.take(found)
 
@@ -17881,12 +17868,10 @@ def zmq_open_line(s: Settings) -> str:
 # By path, the members that end a prefill leg after one token.  `min_tokens` keeps that token from
 # ending the sequence, after which some connectors drop the blocks.  To add a path: add a row.
 LEG_LIMITS = {
-    "/v1/chat/completions": ("max_tokens", "min_tokens"),
-    "/v1/completions": ("max_tokens", "min_tokens"),
-    "/v1/messages": ("max_tokens", "min_tokens"),
-    "/v1/responses": ("max_output_tokens",),
+    **dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/messages"),
+                    ("max_tokens", "min_tokens")),
+    "/v1/responses": ("max_output_tokens",), "/v2/chat": ("max_tokens",),
     "/inference/v1/generate": ("sampling_params",),
-    "/v2/chat": ("max_tokens",),
 }
 SHAPING = ("n", "best_of", "use_beam_search", "prompt", "prompt_embeds", "previous_response_id",
            "background", "logprobs", "echo", "sampling_params", "max_completion_tokens", "tools")
@@ -17902,7 +17887,7 @@ class LegShape(NamedTuple):
     unfit: str  # why it cannot be split, '' if it can
     logprobs: bool = False  # those of the prompt may be wanted
     completes: bool = False  # max_completion_tokens is set
-    sampling: Mapping[str, Any] = {}  # sampling_params
+    sampling: Document = {}  # sampling_params
 
 
 def shape_of(path: str, content: Content) -> LegShape:
@@ -17967,16 +17952,15 @@ def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
     return (before if content[before : before + 1] == b"," else name), end
 
 
-def prefill_content(content: Content, shape: LegShape, params: Mapping[str, Any] | None) -> Content:
+def prefill_content(content: Content, shape: LegShape, params: Document | None) -> Content:
     values: dict[str, bytes | None] = {"stream": b"false", "stream_options": None}
     for name in LEG_LIMITS[shape.path]:
-        values[name] = b"1"
-        if name == "sampling_params":
-            values[name] = json.dumps({**shape.sampling, "max_tokens": 1, "min_tokens": 1}).encode()
+        values[name] = compact({**shape.sampling, "max_tokens": 1, "min_tokens": 1}) if (
+            name == "sampling_params") else b"1"
     if shape.completes and "max_tokens" in values:
         values["max_completion_tokens"] = b"1"
     if params is not None:
-        values["kv_transfer_params"] = json.dumps(params).encode()
+        values["kv_transfer_params"] = compact(params)
     return with_members(content, values)
 
 
@@ -17987,7 +17971,7 @@ class Shared(NamedTuple):
     transfer: str  # their transfer_id, where the connector has one
     prefill: ServerView
     decode: ServerView
-    identity: Mapping[str, Any] | None = None  # of the prefill server, as remembered
+    identity: Document | None = None  # of the prefill server, as remembered
     at_once: bool = False  # both legs are sent together
 
 
@@ -18018,7 +18002,7 @@ class Merger:
 
     def __init__(self, shape: LegShape, streams: bool) -> None:
         self.shape, self.streams = shape, streams
-        self.prefill: Mapping[str, Any] | None = None  # that server's answer, if it was asked
+        self.prefill: Document | None = None  # that server's answer, if it was asked
         self._held = b""  # the incomplete event or document
 
     def feed(self, piece: bytes) -> bytes:
@@ -18069,14 +18053,14 @@ def without_handles(document: dict[str, Any]) -> bool:
     return bool(found)
 
 
-def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
+def cached_tokens_of(document: Document) -> int | None:
     """The tokens of the prompt that a server reports as cached; None if it does not say."""
     details = typed_member(typed_member(document, "usage", dict), "prompt_tokens_details", dict)
     cached = details.get("cached_tokens")
     return cached if type(cached) is int and cached >= 0 else None
 
 
-def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
+def merge_usage(document: dict[str, Any], prefill: Document) -> bool:
     """Reports what the prefill server had cached.  Returns whether anything changes."""
     usage, cached = document.get("usage"), cached_tokens_of(prefill)
     if not isinstance(usage, dict):
@@ -18088,7 +18072,7 @@ def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
     return details.pop("cached_tokens", None) is not None
 
 
-def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
+def merge_logprobs(document: dict[str, Any], prefill: Document) -> bool:
     """Copies the prompt's logprobs from the prefill server's answer.  Returns if it has any."""
     changed = False
     if prefill.get("prompt_logprobs") is not None:
@@ -18152,23 +18136,23 @@ class Connector:
         """An X-Request-Id for both legs; `token` is 32 random hexadecimal digits."""
         return token
 
-    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+    def at_once(self, identity: Document | None) -> bool:
         """Whether both legs are sent together to a prefill server with that identity."""
         return False
 
-    def prefill_params(self, shared: Shared) -> Mapping[str, Any] | None:
+    def prefill_params(self, shared: Shared) -> Document | None:
         return None
 
     def decode_params(self, shared: Shared, said: bytes) -> bytes:
         """The decode leg's kv_transfer_params; b"" for none: its server reads the prompt itself."""
         return b""
 
-    def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
+    def identity_in(self, said: bytes) -> Document | None:
         """The identity to remember of a prefill server with that handle, or None."""
         return None
 
     def shared(
-        self, prefill: ServerView, decode: ServerView, identity: Mapping[str, Any] | None,
+        self, prefill: ServerView, decode: ServerView, identity: Document | None,
         draw: random.Random,
     ) -> Shared:
         """New ids for an attempt at both legs."""
@@ -18222,10 +18206,10 @@ class Nixl(Connector):
              "remote_block_ids": None, "remote_host": None, "remote_port": None}
     IDENTITY = ("remote_engine_id", "remote_host", "remote_port")
 
-    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+    def at_once(self, identity: Document | None) -> bool:
         return identity is not None
 
-    def prefill_params(self, shared: Shared) -> Mapping[str, Any]:
+    def prefill_params(self, shared: Shared) -> Document:
         # vLLM 0.32 pairs the legs by their id, later versions by a transfer_id: send both.
         return {**self.ASKED, "transfer_id": shared.transfer} if shared.at_once else self.ASKED
 
@@ -18237,9 +18221,9 @@ class Nixl(Connector):
                   "remote_request_id": shared.id}
         if shared.at_once:
             params["transfer_id"] = shared.transfer
-        return json.dumps(params).encode()
+        return compact(params)
 
-    def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
+    def identity_in(self, said: bytes) -> Document | None:
         params = document_of(handle_in(said))
         known = {name: params.get(name) for name in self.IDENTITY}
         if params.get("transfer_mode") != "push" or None in known.values():
@@ -18270,20 +18254,20 @@ class Mooncake(Connector):
 
     asks, pins_rank, passes_handles = True, True, False
 
-    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+    def at_once(self, identity: Document | None) -> bool:
         return True
 
-    def prefill_params(self, shared: Shared) -> Mapping[str, Any]:
+    def prefill_params(self, shared: Shared) -> Document:
         return {"do_remote_decode": True, "do_remote_prefill": False,
                 "transfer_id": shared.transfer}
 
     def decode_params(self, shared: Shared, said: bytes) -> bytes:
         identity, rank = shared.identity or {}, str(shared.prefill.rank or 0)
         engines = identity.get("engines") or {}
-        return json.dumps({
+        return compact({
             "do_remote_decode": False, "do_remote_prefill": True, "transfer_id": shared.transfer,
             "remote_bootstrap_addr": identity.get("address"), "remote_engine_id":
-            engines.get(rank) or next(iter(engines.values()), None)}).encode()
+            engines.get(rank) or next(iter(engines.values()), None)})
 
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
@@ -18384,7 +18368,7 @@ class Split:
     connector: Connector
     shape: LegShape
     streams: bool
-    memory: dict[str, Mapping[str, Any] | None]  # the identities of prefill servers, by id
+    memory: dict[str, Document | None]  # the identities of prefill servers, by id
     draw: random.Random
     planner: Any  # the PrefillDecode that made it
     prefill: Retries = dataclasses.field(init=False)
@@ -18398,7 +18382,7 @@ class Split:
     way: Way | None = None  # how a broken stream is continued
     # State of the legs under way:
     failed: bool = False  # the prefill leg has failed
-    said: Mapping[str, Any] | None = None  # what is merged of the prefill leg's answer
+    said: Document | None = None  # what is merged of the prefill leg's answer
     good_until: float = INFINITY  # by the loop's clock, when the blocks may be gone
 
     def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
@@ -18409,14 +18393,11 @@ class Split:
             prefill.asked, decode.asked, self.memory.get(prefill.asked.id), self.draw)
 
     def prefill_leg(self, ranking: Ranking, lease: Lease | None, shared: Shared) -> Leg:
-        content, rank = self.connector.prefill_leg(
-            self.request.body.content, self.shape, shared)
+        content, rank = self.connector.prefill_leg(self.request.body.content, self.shape, shared)
         request = leg_request(self.request, content, shared, rank)
         return Leg(ranking.best or "", request, ranking, lease, self.prefill.attempts, self, shared)
 
-    def decode_leg(
-        self, ranking: Ranking, lease: Lease | None, shared: Shared, said: bytes
-    ) -> Leg:
+    def decode_leg(self, ranking: Ranking, lease: Lease | None, shared: Shared, said: bytes) -> Leg:
         content, handled = self.connector.decode_leg(self.request.body.content, shared, said)
         request = leg_request(self.request, content, shared)
         return Leg(ranking.best or "", request, ranking, lease, self.decode.attempts, self, shared,
@@ -18500,9 +18481,7 @@ def both_legs(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome
     return (yield Decode(split.decode_leg(decode, read.lease, leg.shared, read.more)))
 
 
-def after_failure(
-    split: Split, outcome: Outcome, decode: Ranking, shared: Shared | None
-) -> str:
+def after_failure(split: Split, outcome: Outcome, decode: Ranking, shared: Shared | None) -> str:
     """Records the failure.  Returns why only a plain request is left, '' to try both legs again."""
     if outcome.deaths >= DEADLY:
         return "died"
@@ -18648,7 +18627,7 @@ class PrefillAttempt(Attempt):
         if status >= 400:
             whole = Framing(len(content))
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
-        split, now = self.leg.split, self.response.client.loop.time()
+        split, now = self.leg.split, loop_time()
         if split.connector.reads_late:
             lease_s = split.terms.kv_lease  # it began once the prompt was read, before the head
             begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
@@ -18668,7 +18647,7 @@ class PrefillAttempt(Attempt):
         return judge
 
     def take(self, answer: Answer) -> bool:
-        self.answer, self.head_at = answer, self.response.client.loop.time()
+        self.answer, self.head_at = answer, loop_time()
         self.hold(bytearray(answer.first))
         return not answer.done
 
@@ -18682,7 +18661,7 @@ class PrefillAttempt(Attempt):
             raise BadMessage(text, Fault.BAD_ANSWER)
 
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
-        deadline, content = wire.loop.time() + self.settings.request_timeout, self.said.content
+        deadline, content = loop_time() + self.settings.request_timeout, self.said.content
         assert isinstance(content, bytearray)
         while not decoder.done:
             content += await wire.read_content(decoder, deadline)
@@ -18747,7 +18726,7 @@ class DecodeAttempt(Attempt):
         """End a leg that does not begin: a connector may hang, and blocks are not kept for ever.
         If the answer is not streamed, the server's metrics show whether it has begun.  If they
         leave that open, it goes on while the prefill server is well and its own makes progress."""
-        split, now = self.leg.split, self.response.client.loop.time()
+        split, now = self.leg.split, loop_time()
         told = False if split.streams else self.told_by_page()
         self.begun = self.begun or bool(told)
         if self.shown or self.begun:
@@ -18789,7 +18768,7 @@ class DecodeAttempt(Attempt):
             raise PeerGone(str(met), Fault.TRANSFER_FAILED) from None  # a handle works once
 
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
-        split, now = self.leg.split, wire.loop.time()
+        split, now = self.leg.split, loop_time()
         if self.leg.handled and (split.failed or now > split.good_until):
             raise PeerGone("what was transferred is not there any more", Fault.TRANSFER_FAILED)
         self.sent_at = now
@@ -18800,7 +18779,7 @@ class DecodeAttempt(Attempt):
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
-        now = self.response.client.loop.time()
+        now = loop_time()
         if self.leg.handled and not self.begun and now > self.leg.split.good_until:
             self.late = True
             return False
@@ -18840,7 +18819,7 @@ EXPLAINED_PATH = "/v1/chat/completions"  # assumed for /explain, whose requests 
 class PrefillDecode:
     def __init__(self, core: Core) -> None:
         self.core = core
-        self.memory: dict[str, Mapping[str, Any] | None] = {}
+        self.memory: dict[str, Document | None] = {}
         self._asking: dict[str, asyncio.Task[Outcome]] = {}  # bootstrap servers, by their server
         self.legs = Counter(
             "mvllm_disaggregation_legs_total", "Legs of requests that were split between servers.",
@@ -18854,7 +18833,7 @@ class PrefillDecode:
         self.plain = Counter(
             "mvllm_disaggregation_plain_total", "Requests that were not split, and why.", "reason")
 
-    def models(self) -> Iterable[Mapping[str, Any]]:
+    def models(self) -> Iterable[Document]:
         return ()
 
     def families(self) -> list[Family]:
@@ -18965,15 +18944,14 @@ async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
             fault = error.fault if isinstance(error, PeerGone) else Fault.CONNECT_TIMEOUT
             return Outcome(fault, f"{name}: {str(error) or 'no answer'}")
     if status != 200 or not (engines := engines_in(content)):
-        return Outcome(
-            Fault.CONNECT_FAILED, f"{name} knows no engine (it answered {status})")
+        return Outcome(Fault.CONNECT_FAILED, f"{name} knows no engine (it answered {status})")
     return Outcome(more={"address": address, "engines": engines})
 
 
 async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
     planner: PrefillDecode = leg.split.planner
     kind = PrefillAttempt if role == "prefill" else DecodeAttempt
-    began, label = x.loop.time(), "abandoned"
+    began, label = loop_time(), "abandoned"
     x.trail.prefill = leg.shared.prefill.name if leg.shared else ""
     content = LegContent(x.core.clients.backlog)
     try:
@@ -18988,14 +18966,14 @@ async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
     finally:
         content.release()
         planner.legs.add(role, leg.server, label)
-        planner.seconds.note(x.loop.time() - began, role)
+        planner.seconds.note(loop_time() - began, role)
         if role == "decode":
             planner.transfers.add(leg.split.connector.name, "failed" if label
                                   == Fault.TRANSFER_FAILED.label else label)
 
 
 def with_lease(x: Exchange, leg: Leg) -> Leg:
-    lease = leg.lease or x.core.fleet.lease(leg.server, x.loop.time(), x.call.prompt)
+    lease = leg.lease or x.core.fleet.lease(leg.server, loop_time(), x.call.prompt)
     return leg._replace(lease=lease)
 
 
@@ -19135,7 +19113,7 @@ def kept_of(one: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(one, name) for name in names}
 
 
-def restore_kept(one: object, names: Iterable[str], saved: Mapping[str, Any]) -> None:
+def restore_kept(one: object, names: Iterable[str], saved: Document) -> None:
     """Set attributes to what `kept_of` returned, in the types that they have."""
     for name in names:
         setattr(one, name, type(getattr(one, name))(saved[name]))
@@ -19208,7 +19186,7 @@ def said_of(model: ModelSettings) -> dict[str, Any]:
             if value != MODEL_FIELDS[key].default}
 
 
-def from_serverless(said: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def from_serverless(said: Document, kind: str) -> dict[str, Any]:
     """What is said of a model, from serverless_vllm's words for a backend of that kind to ours."""
     said = {"model" if key == "model_name" else key: value for key, value in said.items()}
     return said if kind == "vllm" else {"profile": kind, **said}
@@ -19287,9 +19265,7 @@ def memory_on(model: ModelSettings, total_gb: float) -> float:
     return model.gpu_memory_gb or (model.gpu_memory_utilization or DEFAULT_SHARE) * total_gb
 
 
-def taken_gb(
-    model: ModelSettings, totals_gb: Sequence[float], devices: Collection[int]
-) -> float:
+def taken_gb(model: ModelSettings, totals_gb: Sequence[float], devices: Collection[int]) -> float:
     """The GB that it takes of each of these devices; the smallest one counts."""
     return memory_on(model, min(totals_gb[n] for n in devices)) if devices else 0.0
 
@@ -19344,9 +19320,7 @@ def parse_model(said: Any, where: str) -> ModelSettings:
     return settings.models[0]
 
 
-def model_by_request(
-    document: Mapping[str, Any], profiles: Mapping[str, ProfileSettings]
-) -> ModelSettings:
+def model_by_request(document: Document, profiles: Mapping[str, ProfileSettings]) -> ModelSettings:
     """A model from HTTP, to be launched by one of these profiles.  Raises SettingsError."""
     said = {key: value for key, value in document.items() if value is not None}
     named = said["profile"] = str(said.get("profile") or next(iter(profiles), ""))
@@ -20163,6 +20137,18 @@ RELOADED = (  # after a sleep of level 2
     ("/wake_up?tags=kv_cache", b""), ("/reset_prefix_cache", b""))
 
 
+async def try_fetch(
+    client: HttpClient, path: str, timeout_s: float, content: bytes | None = None
+) -> tuple[int, bytes]:
+    """The status and the answer; without an answer, 0 and what was wrong."""
+    try:
+        return await client.fetch(path, timeout_s, content)
+    except TimeoutError:
+        return 0, f"no answer within {timeout_s:g} s".encode()
+    except (PeerGone, BadMessage) as error:
+        return 0, str(error).encode()
+
+
 async def fetch_json(
     client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
 ) -> dict[str, Any]:
@@ -20221,30 +20207,26 @@ class Instance:
 
     async def health(self) -> int:
         """The status of its health path; 0 without an answer."""
-        try:
-            return (await self.client.fetch("/health", 5.0))[0]
-        except NO_ANSWER:
-            return 0
+        return (await try_fetch(self.client, "/health", 5.0))[0]
 
     async def look(self) -> str:
         """Why it is not ready, or ''."""
         if (status := await self.health()) not in (200, 404):
             return f"/health answers {status}" if status else "it does not answer"
-        with contextlib.suppress(*NO_ANSWER):
-            status, said = await self.client.fetch("/v1/models", 5.0)
-            listed = model_list(said) if status == 200 else None
-            if listed is None:
-                return f"/v1/models answers {status}, and no list of models"
-            if self.model.takes_port or self.model.served in listed:
-                return ""
-            return f"it lists {', '.join(listed)[:200] or 'no model'}, and not {self.model.served}"
-        return "it does not answer /v1/models"
+        status, said = await try_fetch(self.client, "/v1/models", 5.0)
+        listed = model_list(said) if status == 200 else None
+        if listed is None:
+            return f"/v1/models answers {status}, and no list of models" if status else (
+                "it does not answer /v1/models")
+        if self.model.takes_port or self.model.served in listed:
+            return ""
+        return f"it lists {', '.join(listed)[:200] or 'no model'}, and not {self.model.served}"
 
     async def warm_up(self) -> None:
         for prompt in self.model.warmup:
             asked = {"model": self.model.served, "prompt": prompt, "max_tokens": 1}
             try:
-                await self.post("/v1/completions", json.dumps(asked).encode())
+                await self.post("/v1/completions", compact(asked))
             except PeerGone as gone:
                 log.warning("%s: its warm-up: %s", self.name, gone)
 
@@ -20340,7 +20322,7 @@ class Agent:
         one.task = self._tasks.create_task(self.tend(one))
         return one
 
-    async def adopt(self, saved: Mapping[str, Any], model: ModelSettings) -> None:
+    async def adopt(self, saved: Document, model: ModelSettings) -> None:
         """Take over a predecessor's instance; one that has ended since is cleared away and launched
         again.  Raises KeyError, ValueError, TypeError."""
         name, phase, pid = str(saved["name"]), Phase(saved["status"]), int(saved["pid"])
@@ -20645,7 +20627,7 @@ class LocalHost:
     def allowed(self) -> Iterable[ProfileSettings]:
         return self.agent.profiles.values()
 
-    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
+    def address_of(self, instance: Document) -> ServerSettings:
         """The server for requests to an instance, with its key."""
         return ServerSettings(str(instance["base_url"]))
 
@@ -20694,7 +20676,7 @@ class RemoteHost:
     def report(self) -> dict[str, Any]:
         return self.said
 
-    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
+    def address_of(self, instance: Document) -> ServerSettings:
         return ServerSettings(f"{self.public_url}/proxy/{instance['alias']}", api_key=self.key)
 
     async def refresh(self) -> None:
@@ -20723,12 +20705,11 @@ class RemoteHost:
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
         content = {**said_of(model), "instance": name, "devices": devices,
                    "digest": launch_digest(model)}
-        await self.ask("/instances/start", json.dumps(content).encode(), 30.0)
+        await self.ask("/instances/start", compact(content), 30.0)
         await self.refresh()
 
     async def do(self, name: str, verb: str, level: int = 1) -> None:
-        path, content = f"/instances/{name}/{verb}", json.dumps({"level": level}).encode()
-        await self.ask(path, content, SLEEP_CALL_S)
+        await self.ask(f"/instances/{name}/{verb}", compact({"level": level}), SLEEP_CALL_S)
         await self.refresh()
 
 
@@ -20747,7 +20728,7 @@ class ManagedHost:
     def allowed(self) -> Iterable[ProfileSettings]:
         return ()
 
-    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
+    def address_of(self, instance: Document) -> ServerSettings:
         """The server for requests to an instance: the manager, if the instance listens on another
         machine's loopback or has another name for its model."""
         url = str(instance["worker_url"])
@@ -20788,7 +20769,7 @@ class StateFile:
             raise FileExistsError(f"process {pid} keeps its models there")
         return said
 
-    def save(self, document: Mapping[str, Any]) -> None:
+    def save(self, document: Document) -> None:
         """Whole or not at all, and again until it is.  Trouble with it is said once."""
         if not self.path or (text := json.dumps(document, indent=1)) == self._saved:
             return
@@ -21392,7 +21373,7 @@ class ModelPool(Holdings):
 # ══════════
 #
 # Requests go from here to the manager's instances too, and it is asked to start, wake and stop
-# them. If it does not answer, running instances still get requests.
+# them.  If it does not answer, running instances still get requests.
 
 
 MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
@@ -21551,11 +21532,11 @@ def proxied_plan(otherwise: Plan) -> Plan:
 async def carry_out_wake(exchange: Exchange, step: Wake) -> Outcome:
     waits = exchange.call.stream and exchange.head.method == "POST"
     beat = exchange.response.heartbeat if waits else lambda: None
-    began, pool = exchange.loop.time(), pool_of(exchange.core)
+    began, pool = loop_time(), pool_of(exchange.core)
     if step.anew:
         await pool.look_again(step.model.alias)
     outcome = await pool.await_model(step.model, beat)
-    exchange.trail.queued_s += exchange.loop.time() - began
+    exchange.trail.queued_s += loop_time() - began
     exchange.trail.model = exchange.label()
     return outcome
 
@@ -21595,7 +21576,7 @@ class PoolPlanner:
     def rankings(self, exchange: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
         return otherwise
 
-    def models(self) -> Iterable[Mapping[str, Any]]:
+    def models(self) -> Iterable[Document]:
         for alias, model in self.pool.models.items():
             yield {"id": alias, "object": "model", "created": self.created,
                    "owned_by": "mvllm_lite", "root": model.model or alias, "parent": None,
@@ -21691,7 +21672,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
         for alias, model in pool.models.items()]}
 
 
-def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict[str, Any]:
+def instance_report(pool: ModelPool, host: Host, one: Document) -> dict[str, Any]:
     view, model = pool.core.fleet.view(one["alias"]), pool.models.get(one["model_alias"])
     in_flight = view.counts.in_flight if view else 0
     return {**one, "instance_alias": one["alias"], "worker_id": host.name,
@@ -21773,12 +21754,9 @@ async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[st
     return {"status": "success", "message": f"model {alias}: {verb}, {len(names)} instances"}
 
 
-async def sleep_model(pool: ModelPool, alias: str) -> dict[str, Any]:
-    return await stop_model(pool, alias, "sleep" if sleeps(pool.models[alias]) else "stop")
-
-
 MODEL_OPERATIONS: dict[str, Callable[[ModelPool, str], Awaitable[dict[str, Any]]]] = {
-    "wake": wake_model, "sleep": sleep_model, "stop": stop_model,
+    "wake": wake_model, "stop": stop_model, "sleep": lambda pool, alias: stop_model(
+        pool, alias, "sleep" if sleeps(pool.models[alias]) else "stop"),
 }
 
 
@@ -21989,10 +21967,9 @@ def manager_client(args: argparse.Namespace, key: str = "") -> HttpClient:
 async def manager_state(args: argparse.Namespace) -> str:
     """"answers", or what is wrong."""
     with contextlib.closing(manager_client(args)) as client:
-        try:
-            status, found = await client.fetch("/liveness", 5.0)
-        except NO_ANSWER as error:
-            return str(error) or "no answer"
+        status, found = await try_fetch(client, "/liveness", 5.0)
+    if not status:
+        return found.decode()
     return "answers" if found == b"OK" else f"is no balancer: /liveness answered {status}"
 
 
@@ -22008,12 +21985,9 @@ async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str)
             "gpu_info": gpu_report(agent.devices if agent else ()), "ttl_s": AGENT_TTL_S}
         if args.public_url:
             document["public_worker_url"] = args.public_url
-        try:
-            status, answer = await client.fetch(
-                "/workers/register", 5.0, json.dumps(document).encode())
-            now = "" if status == 200 else f"{status}: {answer[:300].decode('utf-8', 'replace')}"
-        except NO_ANSWER as error:
-            now = str(error) or "no answer"
+        status, answer = await try_fetch(client, "/workers/register", 5.0, compact(document))
+        now = f"{status}: " * (status > 0) + answer[:300].decode("utf-8", "replace") if (
+            status != 200) else ""
         if now != said:
             said = now
             log.log(logging.WARNING if now else logging.INFO, "manager %s: %s", args.manager,
@@ -22142,7 +22116,6 @@ class Style(Enum):
 
 Span = tuple[str, Style]
 Line = list[Span]
-Document = Mapping[str, Any]
 
 
 class Size(NamedTuple):
@@ -22673,54 +22646,50 @@ def request_rows(status: Document) -> list[Document]:
     return [*running, *ended]
 
 
-def short_server(url: str) -> str:
-    return url.partition("://")[2] or url
+def words_column(head: str, key: str, most: int = 0, **more: Any) -> Column:
+    return Column(head, text_at(key), False, most=most, **more)
+
+
+def number_column(head: str, key: str, form: Callable[[Any], str] = short_number) -> Column:
+    return Column(head, text_at(key, form))
 
 
 # To add a view: a row in VIEWS; Tab then reaches it.
 VIEWS: dict[str, View] = {
     "models": View(lambda status: status["models"], (
-        Column("MODEL", text_at("model"), False, most=30),
-        Column("STATE", text_at("state"), False, lambda row: (
-            Style.GOOD if row["state"] == "served" else Style.WARN), 24),
+        words_column("MODEL", "model", 30),
+        words_column("STATE", "state", 24, style=lambda row: (
+            Style.GOOD if row["state"] == "served" else Style.WARN)),
         Column("SERVERS", lambda row: f"{row['healthy']}/{row['servers']}", True, lambda row: (
             Style.PLAIN if row["healthy"] == row["servers"] else Style.WARN)),
-        Column("OURS", text_at("in_flight", short_number)),
-        Column("REQ/S", text_at("requests_per_s", short_number)),
-        Column("TOK/S", text_at("tokens_per_s", short_number)),
+        number_column("OURS", "in_flight"), number_column("REQ/S", "requests_per_s"),
+        number_column("TOK/S", "tokens_per_s"),
         Column("TTFT 50/95", lambda row: time_pair(row["ttft_p50_s"], row["ttft_p95_s"])),
         Column("ERR", text_at("errors", short_number), True, failure_style),
     ), "no server has listed a model, and none was asked for"),
     "requests": View(request_rows, (
-        Column("TIME", text_at("time_s", short_time)),
+        number_column("TIME", "time_s", short_time),
         Column("SERVER", lambda row: " → ".join(
-            short_server(row[at]) for at in ("prefill", "server") if row.get(at)), False, most=22),
-        Column("TOKENS", text_at("tokens", short_number)),
-        Column("HOW", text_at("end"), False, lambda row: (
-            Style.BAD if row["bad"] else Style.PLAIN), 34),
-        Column("MODEL", text_at("model"), False, most=24),
-        Column("KEY", text_at("key"), False, most=12),
-        Column("TTFT", text_at("first_s", short_time)),
-        Column("ID", text_at("id"), False),
+            row[at].partition("://")[2] or row[at] for at in ("prefill", "server") if row.get(at)),
+            False, most=22),
+        number_column("TOKENS", "tokens"),
+        words_column("HOW", "end", 34, style=lambda row: Style.BAD if row["bad"] else Style.PLAIN),
+        words_column("MODEL", "model", 24), words_column("KEY", "key", 12),
+        number_column("TTFT", "first_s", short_time), words_column("ID", "id"),
     ), "no requests yet"),
     "keys": View(lambda status: status["keys"], (
         Column("KEY", lambda row: row["name"] or "(no key)", False, most=30),
-        Column("REQUESTS", text_at("requests", short_number)),
-        Column("PROMPT", text_at("prompt", short_number)),
-        Column("CACHED", text_at("cached", short_number)),
-        Column("COMPLETION", text_at("completion", short_number)),
+        *(number_column(key.upper(), key) for key in (
+            "requests", "prompt", "cached", "completion")),
     ), "nobody has used anything yet"),
     "pool": View(lambda status: status["services"].get("models", []), (
-        Column("MODEL", text_at("model"), False, most=24),
-        Column("STATE", text_at("state"), False, lambda row: {
+        words_column("MODEL", "model", 24),
+        words_column("STATE", "state", style=lambda row: {
             "running": Style.GOOD, "failed": Style.BAD}.get(row["state"], Style.WARN)),
-        Column("WHERE", text_at("where"), False, most=20),
-        Column("GB", text_at("gb", short_number)),
-        Column("SINCE", text_at("since_s", short_time)),
-        Column("IDLE", text_at("idle_s", short_time)),
-        Column("WAIT", text_at("waiting", short_number)),
-        Column("NEXT", text_at("next"), False, most=27),
-        Column("WHY", text_at("why"), False, most=40),
+        words_column("WHERE", "where", 20), number_column("GB", "gb"),
+        number_column("SINCE", "since_s", short_time), number_column("IDLE", "idle_s", short_time),
+        number_column("WAIT", "waiting"), words_column("NEXT", "next", 27),
+        words_column("WHY", "why", 40),
     ), "no [[models]] here, and none was registered", {"w": "wake", "s": "sleep", "x": "stop"}),
 }
 
@@ -23255,7 +23224,7 @@ def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
 
 
 def json_line(document: Any) -> bytes:
-    return json.dumps(document).encode() + b"\n"
+    return compact(document) + b"\n"
 
 
 def known_terminal(curses: Any, name: str) -> str:
@@ -24364,9 +24333,7 @@ def settings_topic() -> str:
 SECRET_CHECKS = secret, optional_secret
 
 
-def effective_rows(
-    s: Settings, hidden: Collection[Clean]
-) -> Iterator[tuple[str, str, int | str]]:
+def effective_rows(s: Settings, hidden: Collection[Clean]) -> Iterator[tuple[str, str, int | str]]:
     """Each key of [config], its value in force, and its origin.  A value with a check in `hidden`
     only shows that it is set."""
     for key, field in CONFIG_FIELDS.items():
@@ -24593,8 +24560,7 @@ def example_topic() -> str:
         lines += textwrap.wrap(setting_meaning(field), 98, initial_indent="# ",
                                subsequent_indent="#   ")
         if key == "policy":
-            lines += ["#   " + line for line in table_lines(
-                policy_meanings(), 96)]
+            lines += ["#   " + line for line in table_lines(policy_meanings(), 96)]
         lines.append(f"# {key} = {toml_word(field.default)}")
     for name, fields, first in (
             ("keys", KEY_FIELDS, '"team-a"'), ("kubernetes", KUBERNETES_FIELDS, '"app=vllm"'),
@@ -25067,14 +25033,14 @@ def json_object(line: str) -> dict[str, Any]:
     raise ValueError(f"found {line.strip()[:60]!r}, expected a JSON object")
 
 
-def whole_number(said: Mapping[str, Any], name: str) -> int:
+def whole_number(said: Document, name: str) -> int:
     value = said.get(name)
     if type(value) is not int or value < 0:
         raise ValueError(f"{name} is {value!r:.60}, expected a whole number")
     return value
 
 
-def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def whole_numbers(said: Document, name: str) -> tuple[int, ...]:
     values = said.get(name)
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise ValueError(f"{name} is {values!r:.60}, expected a list of whole numbers")
@@ -25203,13 +25169,13 @@ class KvCache:
         self.room, self.used, self.spare = room, 0, 0
         self.sizes: dict[Link, int] = {}  # tokens of each link
         self._users: dict[Link, int] = {}  # requests that need each link
-        self._idle: OrderedDict[Link, None] = OrderedDict()  # those without users, oldest first
+        self.idle: OrderedDict[Link, None] = OrderedDict()  # those without users, oldest first
 
     def take(self, tokens: int) -> None:
         """Take room for a running request, from the links that were idle longest if needed."""
         self.used += tokens
         while (lack := self.used + self.spare - self.room) > 0:
-            oldest = next(iter(self._idle))
+            oldest = next(iter(self.idle))
             if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
                 self.sizes[oldest] -= lack  # part of a rest is of use, part of a hash's link is not
                 self.spare -= lack
@@ -25217,7 +25183,7 @@ class KvCache:
                 self.forget(oldest)
 
     def forget(self, link: Link) -> None:
-        del self._idle[link]
+        del self.idle[link]
         self.spare -= self.sizes.pop(link)
 
     def name(self, link: Link, size: int) -> None:
@@ -25226,18 +25192,14 @@ class KvCache:
 
     def keep(self, link: Link, size: int) -> None:
         """Keep tokens that no request needs now as an idle link."""
-        self.sizes[link], self._idle[link] = size, None
+        self.sizes[link], self.idle[link] = size, None
         self.used, self.spare = self.used - size, self.spare + size
-
-    def idle_tokens(self, links: Iterable[Link]) -> int:
-        """The number of tokens in those links that no request uses."""
-        return sum(self.sizes[link] for link in links if link in self._idle)
 
     def hold(self, links: Iterable[Link]) -> None:
         """Count a request as a user of links."""
         for link in links:
-            if link in self._idle:
-                del self._idle[link]
+            if link in self.idle:
+                del self.idle[link]
                 self.used, self.spare = self.used + self.sizes[link], self.spare - self.sizes[link]
             self._users[link] = self._users.get(link, 0) + 1
 
@@ -25405,7 +25367,8 @@ class Engine:
             kept = min(sizes[rest], job.need - 1 - found)
         elif job.arrived:
             kept = job.need - 1 - found
-        if self._lacks(self.cache.idle_tokens(links) + job.need - found):
+        idle = sum(sizes[link] for link in links if link in self.cache.idle)
+        if self._lacks(idle + job.need - found):
             return 0
         if rest in sizes:
             self.cache.forget(rest)
@@ -25669,8 +25632,7 @@ class Replay:
         came_s = job.arrival.at_s - NETWORK_S  # the way back takes as long
         times = job.first_s - came_s, job.last_s - came_s
         cached = job.cached if job.there is None else job.there
-        self.records[job.number] = Record(
-            self.arrivals[job.number], server, cached or 0, *times)
+        self.records[job.number] = Record(self.arrivals[job.number], server, cached or 0, *times)
         self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
         total = len(self.arrivals)
         done = total - self._left
@@ -25971,7 +25933,7 @@ def unreadable(head: RequestHead, content: Content, needed: Sequence[str]) -> Re
 LIMIT_WORDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
-def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> Refused | None:
+def out_of_range(wanted: Document, prompt: Prompt) -> Refused | None:
     """What vLLM says about a value out of range; None if all can be."""
 
     def at(text: str, name: str, value: Any) -> Refused:
@@ -26006,7 +25968,7 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> Refused | None:
         prompt.tokens)
 
 
-def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
+def fitting(schema: Any, known: Document | None = None, depth: int = 0) -> Any:
     """A value that fits a JSON schema; None where the schema is of an unusual kind."""
     if not isinstance(schema, dict) or depth > 20:
         return None
@@ -26043,7 +26005,7 @@ class Script(NamedTuple):
     cut: bool = False  # whether the limit of tokens ends it
 
 
-def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+def wanted_tool(wanted: Document) -> dict[str, Any] | None:
     """The tool to call: the one in tool_choice, or the first, in any API's form.  None if there is
     none, or the last message is a tool's result."""
     tools = [one.get("function", one) for one in wanted.get("tools") or () if isinstance(one, dict)]
@@ -26059,7 +26021,7 @@ def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((one for one in tools if one.get("name") == named), tools[0])
 
 
-def wanted_schema(wanted: Mapping[str, Any]) -> Any:
+def wanted_schema(wanted: Document) -> Any:
     """The JSON schema that the answer has to fit, or None."""
     form = wanted.get("response_format") or (wanted.get("text") or {}).get("format") or {}
     if form.get("type") == "json_object":
@@ -26069,7 +26031,7 @@ def wanted_schema(wanted: Mapping[str, Any]) -> Any:
     return wanted.get("guided_json") or (wanted.get("structured_outputs") or {}).get("json")
 
 
-def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
+def script_for(wanted: Document, draw: random.Random) -> Script:
     """As with vLLM, all servers answer alike to a request with a seed, or at a temperature of 0."""
     asked = {name: wanted[name] for name in REPEAT_MEMBERS if name in wanted}
     if is_repeatable(asked, SEEDED_PATHS[0]):
@@ -26102,7 +26064,7 @@ def words_of(document: Any) -> list[str]:
     return [one if isinstance(one, str) else json.dumps(one) for one in document]
 
 
-def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+def detokenized(wanted: Document, id: str, model: str) -> dict[str, Any]:
     found = (n.to_bytes((n.bit_length() + 7) // 8, "big") for n in wanted.get("tokens", ()))
     return {"prompt": b"".join(found).decode("utf-8", "replace")}
 
@@ -26119,7 +26081,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 class Form:
     """One answer in the form of one API."""
 
-    wanted: Mapping[str, Any]
+    wanted: Document
     script: Script
     model: str
     number: str
@@ -26365,7 +26327,7 @@ FORMS: dict[str, type[Form]] = {
 }
 
 
-def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
+def simulated_refusal(head: RequestHead, content: Content, wanted: Document,
                       prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
     """The (status, JSON) with which vLLM would refuse a request; None if it would not."""
     form = FORMS.get(head.path)
@@ -26396,7 +26358,7 @@ def likeness(query: str, text: str) -> float:
     return round(len(a & b) / (len(a | b) or 1), 6)
 
 
-def embeddings(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+def embeddings(wanted: Document, id: str, model: str) -> dict[str, Any]:
     dimensions = wanted.get("dimensions") or 64
     data, tokens = [], 0
     for i, text in enumerate(words_of(wanted.get("input") or wanted.get("messages") or "")):
@@ -26409,7 +26371,7 @@ def embeddings(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-def reranked(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+def reranked(wanted: Document, id: str, model: str) -> dict[str, Any]:
     query, texts = str(wanted.get("query") or ""), words_of(wanted.get("documents") or [])
     results = [{"index": i, "document": {"text": text, "multi_modal": None},
                 "relevance_score": likeness(query, text)} for i, text in enumerate(texts)]
@@ -26419,7 +26381,7 @@ def reranked(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-def tokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+def tokenized(wanted: Document, id: str, model: str) -> dict[str, Any]:
     texts = words_of(wanted.get("prompt") or [one["content"] for one in wanted["messages"]])
     pieces = TOKEN_TEXT.findall("".join(texts))
     return {"count": len(pieces), "max_model_len": SIMULATED_LENGTH,
@@ -26427,13 +26389,13 @@ def tokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
             "token_strs": pieces if wanted.get("return_token_strs") else None}
 
 
-def counted(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+def counted(wanted: Document, id: str, model: str) -> dict[str, Any]:
     tokens = tokenized(wanted, id, model)["count"]
     return {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
 
 
 # Paths for POST that generate no text: functions of (content, id, model) that return the answer.
-REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
+REPLIES: dict[str, Callable[[Document, str, str], Any]] = {
     "/v1/embeddings": embeddings, "/v1/rerank": reranked, "/rerank": reranked,
     "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": counted,
     "/detokenize": detokenized,
@@ -26473,7 +26435,7 @@ class SimulatedBlocks:
         self.connector, self._kept, self._taken = connector, set[str](), set[str]()
         self._changed = asyncio.Event()
 
-    def id_of(self, head: RequestHead, params: Mapping[str, Any], prompt: str) -> str:
+    def id_of(self, head: RequestHead, params: Document, prompt: str) -> str:
         """The id that a request's two legs share."""
         if self.connector == "plain":
             return prompt
@@ -26592,13 +26554,13 @@ class SimulatedServer:
     def new_id(self) -> str:
         return f"{self.draw.getrandbits(64):016x}"
 
-    def keep(self, response: Mapping[str, Any]) -> None:
+    def keep(self, response: Document) -> None:
         self.stored[response["id"]] = response
         if len(self.stored) > 100:
             self.stored.popitem(last=False)
 
 
-def simulated_methods(path: str) -> Mapping[str, Any]:
+def simulated_methods(path: str) -> Document:
     if path in FORMS or path in REPLIES:
         return {"POST": None}
     return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
@@ -26915,9 +26877,8 @@ REGISTRATION_S = 1.0  # between two registrations of a simulated server
 async def post_to(balancer: Balancer, path: str, document: Any, timeout_s: float) -> None:
     """Post JSON to a balancer, whatever it answers."""
     server = ServerSettings(balancer.core.process.own_url)
-    with contextlib.closing(HttpClient(server)) as client, contextlib.suppress(
-            *UNANSWERED):
-        await client.fetch(path, timeout_s, json.dumps(document).encode())
+    with contextlib.closing(HttpClient(server)) as client:
+        await try_fetch(client, path, timeout_s, compact(document))
 
 
 async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
@@ -27205,10 +27166,7 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
 
 async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
     """The status, or 0 without an answer; the content if the status is 200, or b""."""
-    try:
-        status, content = await client.fetch(path, timeout_s)
-    except NO_ANSWER:
-        return 0, b""
+    status, content = await try_fetch(client, path, timeout_s)
     return status, content if status == 200 else b""
 
 
@@ -27226,8 +27184,7 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
             came.append((clock_now().monotonic - begun, events))
 
     try:
-        content = json.dumps(wanted).encode()
-        status = await client.ask("/v1/completions", timeout_s, content, take)
+        status = await client.ask("/v1/completions", timeout_s, compact(wanted), take)
     except NO_ANSWER:
         return None
     if not came:
@@ -27389,9 +27346,7 @@ def name_rows(s: Settings, examined: Sequence[Examined]) -> Iterator[tuple[objec
                f"{what} {shown(model)}, which no server has", advice)
 
 
-def model_findings(
-    model: ModelSettings, s: Settings, devices: Sequence[Device]
-) -> list[Finding]:
+def model_findings(model: ModelSettings, s: Settings, devices: Sequence[Device]) -> list[Finding]:
     """On what would keep one of [[models]] from starting here."""
     try:
         model = with_profile(model, {one.name: one for one in s.profiles})
@@ -27549,23 +27504,18 @@ class Trial:
     def prompt(self) -> bytes:
         """A request whose prompt is in no cache, since its first number is new."""
         words = [self.draw.getrandbits(30), *range(1, TRIAL_WORDS)]
-        return json.dumps({
+        return compact({
             "model": self.pair.model, "prompt": " ".join(map(str, words)), "temperature": 0,
-            "max_tokens": TRIAL_TOKENS, "ignore_eos": True}).encode()
+            "max_tokens": TRIAL_TOKENS, "ignore_eos": True})
 
     async def ask(
         self, view: ServerView, path: str, content: Content | None = None, fields: str = ""
     ) -> tuple[int, bytes]:
-        """The status and the answer; without an answer, 0 and what was wrong."""
+        """As `try_fetch`."""
         with contextlib.closing(HttpClient(view.settings, self.secrets)) as client:
             client.fields = fields
-            try:
-                return await client.fetch(path, self.timeout_s,
-                                          None if content is None else bytes(content))
-            except TimeoutError:
-                return 0, f"no answer within {self.timeout_s:g} s".encode()
-            except (PeerGone, BadMessage) as error:
-                return 0, str(error).encode()
+            return await try_fetch(client, path, self.timeout_s,
+                                   None if content is None else bytes(content))
 
     async def leg(
         self, view: ServerView, content: Content, shared: Shared, rank: int | None
@@ -27595,7 +27545,7 @@ class Trial:
             await self.attempt(identity)
         return "FAILED" if self.findings else "works"
 
-    async def attempt(self, identity: Mapping[str, Any] | None) -> bytes:
+    async def attempt(self, identity: Document | None) -> bytes:
         """Send both legs.  Returns the answer to the first."""
         content, before, said, answered = self.prompt(), await self.received(), b"", (0, b"")
         shared = self.connector.shared(self.reader, self.writer, identity, self.draw)
