@@ -3331,39 +3331,19 @@ MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 class Prompt(NamedTuple):
     """The input that a server reads before it answers.  `prefix_hashes` are hashes of ever longer
-    starts: of the leading members (if `leading_tokens` is not 0), then up to each of `hash_ends`
-    that the prompt reaches; equal hashes mean equal starts.  They differ between processes
+    starts: of the leading members (if `leading_tokens` is not 0), then up to each of LINK_ENDS that
+    the prompt reaches; equal hashes mean equal starts.  They differ between processes
     (PYTHONHASHSEED); `first_hash`, of the opening, does not."""
 
     tokens: int = 0  # estimated; 0 is unknown
     prefix_hashes: tuple[int, ...] = ()
-    hash_ends: Sequence[int] = LINK_ENDS
-    per_token: float = BYTES_PER_TOKEN  # units of `hash_ends` in one token
+    covered: Sequence[int] = ()  # tokens in the first link's start, the second's, and so on
     leading_tokens: int = 0
     first_hash: bytes = b""
 
     def tokens_in(self, links: int) -> int:
         """The number of the prompt's tokens that its first `links` links cover."""
-        if not links:
-            return 0
-        at, per_unit = links - (self.leading_tokens > 0), self.tokens_per_unit()
-        reach = self.leading_tokens + (int(self.hash_ends[at - 1] * per_unit) if at else 0)
-        return min(self.tokens, reach)
-
-    def tokens_per_unit(self) -> float:
-        """Tokens in one unit of `hash_ends`: the usual number, or more if the prompt has more
-        tokens than its length suggests (images)."""
-        links, usual = len(self.prefix_hashes) - (self.leading_tokens > 0), 1 / self.per_token
-        if links >= len(self.hash_ends):  # the links do not tell its length
-            return usual
-        return max(usual, (self.tokens - self.leading_tokens) / self.hash_ends[links])
-
-    def totals(self) -> list[int]:
-        """The tokens that 1 link covers, 2 links, and so on up to all."""
-        tokens, lead, per_unit = self.tokens, self.leading_tokens, self.tokens_per_unit()
-        leading = [min(tokens, lead)] if lead else []
-        ends = self.hash_ends[: len(self.prefix_hashes) - len(leading)]
-        return leading + [min(tokens, lead + int(end * per_unit)) for end in ends]
+        return self.covered[links - 1] if links else 0
 
 
 NO_PROMPT = Prompt()
@@ -3397,7 +3377,18 @@ def read_prompt(
         begin = end
     opening = hashlib.blake2b(raw[:OPENING_BYTES], digest_size=16).digest()
     tokens = lead + prompt_tokens(raw, size)
-    return Prompt(tokens, tuple(chain), LINK_ENDS, BYTES_PER_TOKEN, lead, opening)
+    covered = covered_tokens(tokens, lead, len(chain) - (lead > 0)) if chain else ()
+    return Prompt(tokens, tuple(chain), covered, lead, opening)
+
+
+def covered_tokens(tokens: int, lead: int, reached: int) -> tuple[int, ...]:
+    """The tokens that each link of a prompt covers, if it reaches so many of LINK_ENDS: the usual
+    number for their bytes, or more if it has more than its length suggests (images)."""
+    per_byte = 1 / BYTES_PER_TOKEN
+    if reached < len(LINK_ENDS):  # else the links do not tell its length
+        per_byte = max(per_byte, (tokens - lead) / LINK_ENDS[reached])
+    ends = (0,) * (lead > 0) + LINK_ENDS[:reached]
+    return tuple([min(tokens, lead + int(end * per_byte)) for end in ends])
 
 
 def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> int:
@@ -3481,7 +3472,7 @@ class PrefixCache:
         for link in chain if self._unsure else ():
             self._unsure.pop(link, None)
         if fresh := chain[known:]:
-            totals = [0, *prompt.totals()]
+            totals = (0, *prompt.covered)
             for n in range(len(chain) - 1, known - 1, -1):  # the first is the youngest
                 links[chain[n]] = totals[n + 1] - totals[n]
                 links.move_to_end(chain[n])
@@ -6356,16 +6347,13 @@ class Fleet:
         """The tokens of a prompt that each server has probably cached, in the order of `views`."""
         if not (chain := prompt.prefix_hashes):
             return [0] * len(self._members)
-        out, tokens = [], {}
-        first = chain[0]
+        out, first = [], chain[0]
         for member in self._members.values():
             cache = member.cache
             if first not in cache.links or not (links := cache.cached_links(chain)):
                 out.append(0)
-                continue
-            if links not in tokens:  # few different numbers occur
-                tokens[links] = prompt.tokens_in(links)
-            out.append(int(tokens[links] * member.view.learned.hit_ratio))
+            else:
+                out.append(int(prompt.covered[links - 1] * member.view.learned.hit_ratio))
         return out
 
     def _put(self, view: ServerView) -> None:
@@ -9068,7 +9056,7 @@ def trace_line(call: Call, answer: TracedAnswer) -> str:
     chain, prompt = call.prompt.prefix_hashes, call.prompt
     kept, covered, leads = list[int](), 0, prompt.leading_tokens > 0
     for n in range(len(chain)):
-        upto = prompt.hash_ends[n - leads] if n >= leads else 0
+        upto = LINK_ENDS[n - leads] if n >= leads else 0
         if upto % trace_step(upto) == 0 and prompt.tokens_in(n + 1) > covered:
             kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
@@ -25463,8 +25451,7 @@ class PolicyRouter:
         it in the queue."""
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
-            arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
-            first_hash=opening)
+            arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, first_hash=opening)
         call = Call(arrival.model, True, prompt, arrival.session)
         terms, reading = disaggregation_of(self.settings, arrival.model), None
         if terms is not None:

@@ -3678,7 +3678,7 @@ def test_calls_have_prompt_and_session_in_small_and_large_content():
 
 def prompt_of_links(chain, tokens_per_link=64):
     return lite.Prompt(tokens_per_link * len(chain), tuple(chain),
-                       [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
+                       [tokens_per_link * n for n in range(1, len(chain) + 1)])
 
 
 def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
@@ -5280,13 +5280,14 @@ def test_an_answer_tells_the_speed_unless_the_server_changed_while_it_was_made(
 
 def test_a_picture_counts_by_its_tokens_and_not_by_its_bytes():
     """As far as hashes reach, a prompt has the tokens that all of it was said to have."""
-    prompt = lite.Prompt(1500, tuple(range(1, 5)), hash_ends=(256, 512, 1024, 2048, 4096))
-    assert [prompt.tokens_in(n) for n in range(5)] == [0, 93, 187, 375, 750]
-    assert prompt.totals() == [93, 187, 375, 750]
-    text = prompt._replace(tokens=600)  # of 2,048 to 4,096 bytes
-    assert text.totals() == [64, 128, 256, 512]
-    endless = prompt._replace(tokens=90_000, prefix_hashes=tuple(range(1, 6)))
-    assert endless.totals() == [64, 128, 256, 512, 1024]
+    assert lite.LINK_ENDS[:4] == (256, 320, 384, 448)
+    assert lite.covered_tokens(448, 0, 3) == (256, 320, 384)
+    assert lite.covered_tokens(110, 0, 3) == (64, 80, 96)  # a text
+    assert lite.covered_tokens(548, 100, 3) == (100, 356, 420, 484)  # behind tools
+    endless = lite.covered_tokens(90_000, 0, len(lite.LINK_ENDS))
+    assert endless == tuple(end // 4 for end in lite.LINK_ENDS)
+    prompt = lite.Prompt(448, (1, 2, 3), (256, 320, 384))
+    assert [prompt.tokens_in(n) for n in range(4)] == [0, 256, 320, 384]
 
 
 @pytest.mark.parametrize("before, sent, blocked, events, after", table(
@@ -6249,7 +6250,7 @@ def test_a_cost_does_not_depend_on_what_was_kept_of_the_last_one():
     for n in range(300):
         now = 5.0 + n // 10 * lite.CONDITIONS_KEPT_S  # ten calls at each moment
         tokens = draw.choice((0, 100, 3000))
-        prompt = lite.Prompt(tokens, (tokens,) * (tokens > 0), lite.LINK_ENDS)
+        prompt = lite.Prompt(tokens, (tokens,) * (tokens > 0), (min(tokens, 64),))
         wanted = lite.Wanted(lite.Call("m", prompt=prompt), frozenset(["s1"] * (n % 7 == 0)))
         costs = [lite.rank(fleet, wanted, by, lite.Moment(now, 0.5), random.Random(n)).costs
                  for by in (kept, lite.POLICIES["unified"](Settings()))]
