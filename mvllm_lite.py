@@ -346,129 +346,125 @@ class Retry(Enum):
     IF_ALLOWED = "if allowed"  # only if settings allow it: the server may still be working
 
 
+# The usual error types of statuses, in vLLM's spelling.
+ERROR_TYPES = {
+    401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError",
+    405: "MethodNotAllowedError", 408: "RequestTimeoutError", 409: "ConflictError",
+    413: "ContentTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
+    499: "ClientClosedRequest", 500: "InternalServerError", 501: "NotImplementedError",
+    502: "BadGatewayError", 503: "ServiceUnavailableError", 504: "GatewayTimeoutError",
+    508: "LoopDetectedError",
+}
+
+
 class Fault(Enum):
-    """A way to fail: (status of the answer, blame, retry, error type in vLLM's spelling, meaning).
+    """A way to fail: (status of the answer, blame, retry, meaning, error type unless usual).
 
     To add a fault: add a row; its lower-case name is its label in metrics, logs and the
     `X-MVLLM-Error` field."""
 
     # The client's request is refused by us; for limits, LIMITS names the setting.
-    BAD_REQUEST = (400, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+    BAD_REQUEST = (400, Blame.CLIENT, Retry.NEVER,
         "the request breaks a rule of HTTP or JSON, or two readers could take it differently")
-    UNAUTHORIZED = (401, Blame.CLIENT, Retry.NEVER, "AuthenticationError",
+    UNAUTHORIZED = (401, Blame.CLIENT, Retry.NEVER,
         "the request has no key, or none that [[keys]] knows")
-    FORBIDDEN = (403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError",
+    FORBIDDEN = (403, Blame.CLIENT, Retry.NEVER,
         "the key, the peer or the origin of a page may not do this")
-    NOT_SERVED = (404, Blame.CLIENT, Retry.NEVER, "NotFoundError",
-        "nothing is served at this path")
-    UNKNOWN_MODEL = (404, Blame.CLIENT, Retry.NEVER, "NotFoundError",
+    NOT_SERVED = (404, Blame.CLIENT, Retry.NEVER, "nothing is served at this path")
+    UNKNOWN_MODEL = (404, Blame.CLIENT, Retry.NEVER,
         "no server lists this model, and no alias or pool has it")
-    UNKNOWN_RESPONSE = (404, Blame.CLIENT, Retry.NEVER, "invalid_request_error",
-        "no server is known to store a response with this id")
-    INSTANCE_CONFLICT = (409, Blame.CLIENT, Retry.NEVER, "ConflictError",
+    UNKNOWN_RESPONSE = (404, Blame.CLIENT, Retry.NEVER,
+        "no server is known to store a response with this id", "invalid_request_error")
+    INSTANCE_CONFLICT = (409, Blame.CLIENT, Retry.NEVER,
         "a pool's instance cannot do this in its present state")
-    BAD_METHOD = (405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError",
-        "the path takes other methods, which Allow names")
-    CLIENT_SLOW = (408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError",
+    BAD_METHOD = (405, Blame.CLIENT, Retry.NEVER, "the path takes other methods, which Allow names")
+    CLIENT_SLOW = (408, Blame.CLIENT, Retry.NEVER,
         "the client sent nothing for head_timeout or body_timeout")
-    CONTENT_TOO_LARGE = (413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError",
-        "the content is too long")
-    TARGET_TOO_LONG = (414, Blame.CLIENT, Retry.NEVER, "BadRequestError",
-        "the path is too long")
-    NOT_JSON = (415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError",
+    CONTENT_TOO_LARGE = (413, Blame.CLIENT, Retry.NEVER, "the content is too long")
+    TARGET_TOO_LONG = (414, Blame.CLIENT, Retry.NEVER, "the path is too long")
+    NOT_JSON = (415, Blame.CLIENT, Retry.NEVER,
         "the content type of a change by hand is not application/json")
-    UNSUPPORTED_CODING = (415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError",
+    UNSUPPORTED_CODING = (415, Blame.CLIENT, Retry.NEVER,
         "the content is compressed in a way that cannot be read")
-    BAD_EXPECTATION = (417, Blame.CLIENT, Retry.NEVER, "BadRequestError",
-        "Expect asks for more than 100-continue")
-    RATE_LIMITED = (429, Blame.CLIENT, Retry.NEVER, "RateLimitError",
-        "the key has met one of its limits")
-    HEAD_TOO_LARGE = (431, Blame.CLIENT, Retry.NEVER, "BadRequestError",
-        "the fields of the request are too long")
-    CLIENT_GONE = (499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest",
+    BAD_EXPECTATION = (417, Blame.CLIENT, Retry.NEVER, "Expect asks for more than 100-continue")
+    RATE_LIMITED = (429, Blame.CLIENT, Retry.NEVER, "the key has met one of its limits")
+    HEAD_TOO_LARGE = (431, Blame.CLIENT, Retry.NEVER, "the fields of the request are too long")
+    CLIENT_GONE = (499, Blame.CLIENT, Retry.NEVER,
         "the client left before the end; only logged, as nginx's 499")
-    NOT_IMPLEMENTED = (501, Blame.CLIENT, Retry.NEVER, "NotImplementedError",
+    NOT_IMPLEMENTED = (501, Blame.CLIENT, Retry.NEVER,
         "the method or the transfer coding is not supported")
-    BAD_VERSION = (505, Blame.CLIENT, Retry.NEVER, "BadRequestError",
-        "the request is not HTTP/1.0 or HTTP/1.1")
+    BAD_VERSION = (505, Blame.CLIENT, Retry.NEVER, "the request is not HTTP/1.0 or HTTP/1.1")
     # No server to ask.
-    NO_SERVER = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+    NO_SERVER = (503, Blame.NOBODY, Retry.NEVER,
         "no server can be asked; the message has each one's reason")
-    NO_RESOURCES = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+    NO_RESOURCES = (503, Blame.NOBODY, Retry.NEVER,
         "the balancer has run out of file descriptors, or of places for registrations")
-    TOO_MANY_REQUESTS = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
-        "too many requests are in progress")
-    TOO_MUCH_CONTENT = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
-        "too much content is held in memory")
-    QUEUE_FULL = (429, Blame.NOBODY, Retry.NEVER, "RateLimitError",
-        "all servers are full, and so is the queue")
-    QUEUE_TIMEOUT = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
-        "no place became free in time")
-    STOPPING = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
-        "the balancer is stopping")
-    MODEL_NOT_READY = (503, Blame.NOBODY, Retry.NEVER, "model_loading",
-        "the pool is still starting or waking this model, or cannot")
+    TOO_MANY_REQUESTS = (503, Blame.NOBODY, Retry.NEVER, "too many requests are in progress")
+    TOO_MUCH_CONTENT = (503, Blame.NOBODY, Retry.NEVER, "too much content is held in memory")
+    QUEUE_FULL = (429, Blame.NOBODY, Retry.NEVER, "all servers are full, and so is the queue")
+    QUEUE_TIMEOUT = (503, Blame.NOBODY, Retry.NEVER, "no place became free in time")
+    STOPPING = (503, Blame.NOBODY, Retry.NEVER, "the balancer is stopping")
+    MODEL_NOT_READY = (503, Blame.NOBODY, Retry.NEVER,
+        "the pool is still starting or waking this model, or cannot", "model_loading")
     # A server was asked and did not answer.
-    CONNECT_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    CONNECT_FAILED = (502, Blame.SERVER, Retry.AT_ONCE,
         "the server refused the connection, or cannot be reached")
-    CONNECT_TIMEOUT = (504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError",
+    CONNECT_TIMEOUT = (504, Blame.SERVER, Retry.AT_ONCE,
         "the server did not accept the connection within connect_timeout")
-    SERVER_GONE = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    SERVER_GONE = (502, Blame.SERVER, Retry.AT_ONCE,
         "the server closed the connection before its answer was whole")
-    BAD_ANSWER = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    BAD_ANSWER = (502, Blame.SERVER, Retry.AT_ONCE,
         "the answer breaks a rule of HTTP, or is not what it should be")
-    SERVER_SILENT = (504, Blame.SERVER, Retry.IF_ALLOWED, "GatewayTimeoutError",
+    SERVER_SILENT = (504, Blame.SERVER, Retry.IF_ALLOWED,
         "the server sent nothing for request_timeout")
-    SERVER_SLOW = (504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError",
+    SERVER_SLOW = (504, Blame.NOBODY, Retry.IF_ALLOWED,
         "the same, but tokens flow there: it is busy with other requests")
     # A server answered with a failure, which is passed on unchanged if no other server does better.
-    SERVER_ERROR = (502, Blame.SERVER, Retry.LATER, "BadGatewayError",
+    SERVER_ERROR = (502, Blame.SERVER, Retry.LATER,
         "the server answered with a status of retry_statuses, 500 or more")
-    TRANSFER_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+    TRANSFER_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE,
         "a decode server could not fetch the blocks that a prefill server had made")
-    SERVER_BUSY = (429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError",
-        "the server said that it has too much to do")
-    DECLINED = (502, Blame.NOBODY, Retry.LATER, "BadGatewayError",
+    SERVER_BUSY = (429, Blame.NOBODY, Retry.ELSEWHERE, "the server said that it has too much to do")
+    DECLINED = (502, Blame.NOBODY, Retry.LATER,
         "the server answered with another status of retry_statuses, like 408 or 429")
-    NOT_THERE = (404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError",
+    NOT_THERE = (404, Blame.NOBODY, Retry.ELSEWHERE,
         "the server has no such model or path; others may")
-    KEY_REJECTED = (502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError",
+    KEY_REJECTED = (502, Blame.NOBODY, Retry.ELSEWHERE,
         "the server rejected a key, presumably the one that is set for it")
-    CONTEXT_LENGTH_EXCEEDED = (400, Blame.CLIENT, Retry.LARGER, "BadRequestError",
+    CONTEXT_LENGTH_EXCEEDED = (400, Blame.CLIENT, Retry.LARGER,
         "the prompt is too long for this server; it says so itself")
     # 500, or an error event instead of a stream: the request or the server is at fault; the next
     # server's answer tells which.
-    SERVER_FAILED = (502, Blame.SERVER, Retry.ELSEWHERE, "BadGatewayError",
+    SERVER_FAILED = (502, Blame.SERVER, Retry.ELSEWHERE,
         "the server answered 500; another one's answer tells whether it or the request is to blame")
-    STREAM_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    STREAM_FAILED = (502, Blame.SERVER, Retry.AT_ONCE,
         "the stream ended with an error event, or began with one")
-    ABORTED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    ABORTED = (502, Blame.SERVER, Retry.AT_ONCE,
         "the answer was cut short, yet its framing is complete")
-    ENGINE_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+    ENGINE_FAILED = (502, Blame.SERVER, Retry.AT_ONCE,
         "the server answered 500 because its engine is dead")
-    SERVER_DIED_TWICE = (502, Blame.NOBODY, Retry.NEVER, "BadGatewayError",
-        "two servers have died with this content")
-    SERVER_FROZEN = (504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError",
+    SERVER_DIED_TWICE = (502, Blame.NOBODY, Retry.NEVER, "two servers have died with this content")
+    SERVER_FROZEN = (504, Blame.NOBODY, Retry.AT_ONCE,
         "the server's engine stands still, although its checks pass")
-    MOVED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+    MOVED = (502, Blame.NOBODY, Retry.AT_ONCE,
         "the server is being drained, and its streams move to others")
     # A broken stream was given to another server, which continued it differently, or not at all.
-    RESUME_DIFFERS = (502, Blame.NOBODY, Retry.NEVER, "BadGatewayError",
+    RESUME_DIFFERS = (502, Blame.NOBODY, Retry.NEVER,
         "the server that was to continue a broken stream says something else")
-    RESUME_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+    RESUME_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE,
         "the server that was to continue a broken stream could not")
     # The request came back to where it had been: seen by us, or by a server that is a balancer too.
-    LOOP_DETECTED = (508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError",
+    LOOP_DETECTED = (508, Blame.NOBODY, Retry.ELSEWHERE,
         "the request has been here before: balancers ask each other in a circle")
     # Our own mistake.
-    INTERNAL = (500, Blame.NOBODY, Retry.NEVER, "InternalServerError",
+    INTERNAL = (500, Blame.NOBODY, Retry.NEVER,
         "a mistake in this program; the log has its traceback")
 
     def __init__(
-        self, status: int, blame: Blame, retry: Retry, type_name: str, meaning: str
+        self, status: int, blame: Blame, retry: Retry, meaning: str, type_name: str = ""
     ) -> None:
-        self.status, self.blame, self.retry, self.type_name = status, blame, retry, type_name
-        self.meaning = meaning
+        self.status, self.blame, self.retry, self.meaning = status, blame, retry, meaning
+        self.type_name = type_name or ERROR_TYPES.get(status, "BadRequestError")
         self.label = self._name_.lower()
 
     def __new__(cls, *row: Any) -> Fault:
@@ -577,11 +573,8 @@ class Fields:
 
     def members(self, key: str) -> list[str]:
         """The members of a list-valued field, in lower case."""
-        members = []
-        for member in self.values.get(key, "").lower().split(","):
-            if stripped := member.strip(" \t"):
-                members.append(stripped)
-        return members
+        members = self.values.get(key, "").lower().split(",")
+        return [stripped for member in members if (stripped := member.strip(" \t"))]
 
     def replaced(self, name: str, value: str) -> Fields:
         """A copy with one line in place of all of that name."""
@@ -1126,17 +1119,14 @@ Pairs = Sequence[tuple[str, str]]  # (field name, value)
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """Field lines to pass on: the end-to-end ones, in order, without those that are `dropped` or
     that Connection names; then the `added` ones, in place of others of the same name."""
-    drop, lines = {*HOP_BY_HOP, *dropped}, []
-    for name, _ in added:
-        drop.add(name.lower())
-    if "connection" in fields.values:
-        drop.update(fields.members("connection"))
-    for key, name, value in fields.lines:
-        if key not in drop:
-            lines.append(f"{name}: {value}\r\n")
-    for name, value in added:
-        lines.append(f"{name}: {value}\r\n")
-    return "".join(lines)
+    drop = HOP_BY_HOP.union(
+        dropped, fields.members("connection"), [name.lower() for name, _ in added])
+    kept = [(name, value) for key, name, value in fields.lines if key not in drop]
+    return field_lines((*kept, *added))
+
+
+def field_lines(pairs: Pairs) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in pairs])
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
@@ -1180,10 +1170,10 @@ def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) ->
     if stream or "text/event-stream" in get("accept").lower():
         added.append(("Accept-Encoding", "identity"))
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
-    key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
-                        if shows_key and key in KEY_FIELD_NAMES)
+    key_pairs = [(name, value) for key, name, value in fields.lines
+                 if shows_key and key in KEY_FIELD_NAMES]
     dropped = dropped.union(("x-request-id", "content-encoding"))  # codings have been undone
-    return forward_fields(fields, added, dropped), key_lines
+    return forward_fields(fields, added, dropped), field_lines(key_pairs)
 
 
 def forward_request(
@@ -1241,7 +1231,7 @@ def own_response(
     status: int, request: RequestHead, content: bytes, persists: bool, fields: Pairs = ()
 ) -> bytes:
     """A whole response of the balancer's own; only its head if the method is HEAD."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    lines = field_lines(fields)
     lines += last_lines(None if status == 204 else Framing(len(content)), request, persists)
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode("latin-1")
     return head if request.method == "HEAD" else head + content
@@ -1399,8 +1389,7 @@ class Counter(Family):
         try:
             self.children[values] += amount
         except KeyError:
-            room = len(self.children) < self.limit
-            key = values if room else self.key(values)
+            key = self.key(values)
             self.children[key] = self.children.get(key, 0) + amount
 
     def fold(self, label: str, value: str, into: str) -> None:
@@ -1430,9 +1419,8 @@ class Histogram(Family):
     def child(self, *values: str) -> list[float]:
         """The counts with these label values, made if needed, for a caller that counts by itself:
         one for each bucket, and the sum of all values."""
-        zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < self.limit
-        key = values if room else self.key(values)
-        return self.children.get(values) or self.children.setdefault(key, zeros)
+        zeros = [0.0] * (len(self.bounds) + 2)
+        return self.children.get(values) or self.children.setdefault(self.key(values), zeros)
 
     def note(self, value: float, *values: str) -> None:
         note_each(values, (self, value))
@@ -2011,10 +1999,6 @@ class DnsSettings:
         0, ip_family, "which addresses of the name: 4, 6, or 0 for IPv4 and, if it has none, IPv6")
     server: ServerSettings = ServerSettings("")  # the template of each
 
-    @property
-    def pool(self) -> str:
-        return self.server.pool
-
 
 def dns_entry(dns: str, family: int = 0, **keys: Any) -> DnsSettings:
     return DnsSettings(dns, family, ServerSettings(dns, **keys))
@@ -2079,10 +2063,6 @@ class KubernetesSettings:
     token_file: str = setting("", file_path, "a file with a token, and")
     ca_file: str = setting("", file_path, "a file with certificates to trust")
     server: ServerSettings = ServerSettings("")  # the template of its servers
-
-    @property
-    def pool(self) -> str:
-        return self.server.pool
 
     def contradictions(self) -> Contradictions:
         selectors = self.selector or self.prefill_selector or self.decode_selector
@@ -2663,8 +2643,9 @@ class SettingsReader:
             self.complain(("pools",), f"{total:g} in all", "100 at most")
         for table in ("servers", "kubernetes"):
             for i, one in lists[table].items():
-                if one.pool and one.pool not in given:
-                    self.complain((table, i, "pool"), one.pool, "one of [pools]")
+                pool = getattr(one, "server", one).pool
+                if pool and pool not in given:
+                    self.complain((table, i, "pool"), pool, "one of [pools]")
         return pools
 
     def server_list(self) -> Any:
@@ -3690,13 +3671,10 @@ def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
 @remembered
 def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     """The field that names a session, by `names`, and the one to fall back on; each may be ''."""
-    found = ["", ""]
-    for n, group in enumerate((names, LAST_SESSION_FIELDS)):
-        for name in group:
-            if said := fields.values.get(name.lower()):
-                found[n] = f"{name}: {said}"
-                break
-    return found[0], found[1]
+    first, last = (
+        [f"{name}: {said}" for name in group if (said := fields.values.get(name.lower()))]
+        for group in (names, LAST_SESSION_FIELDS))
+    return (first or [""])[0], (last or [""])[0]
 
 
 # Members within which vLLM also accepts reserved ones.
@@ -6211,8 +6189,7 @@ class Lease:
         """The expected seconds until its prompt is read."""
         if self._member is None:
             return 0.0
-        pace = self._member.view.pace
-        return self.pending * pace.step_s * pace.prompt_steps
+        return self.pending * self._member.view.pace.prompt_token_s
 
     def answered(self, now: float, learn: bool) -> None:
         """Note that the answer begins; `learn` if it begins once the prompt is read."""
@@ -6264,12 +6241,6 @@ class Lease:
             self.pending = 0
             if member.view.draining and not counts.in_flight:
                 self._fleet.left(self.id)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
 
 # ══════════

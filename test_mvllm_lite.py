@@ -101,6 +101,15 @@ def asynchronous(test):
     return run
 
 
+@contextlib.contextmanager
+def leased(lease):
+    """A lease that ends with the block."""
+    try:
+        yield lease
+    finally:
+        lease.end()
+
+
 async def eventually(condition, what, within_s=30):
     """Return what the condition says once that is true; it may be a coroutine function.
 
@@ -4691,7 +4700,7 @@ def fleet_of(*capacities, healthy=True, models=None):
 
 def test_a_lease_counts_whatever_ends_it():
     fleet = fleet_of(1)
-    with pytest.raises(KeyError), fleet.lease("s0", 0.0):
+    with pytest.raises(KeyError), leased(fleet.lease("s0", 0.0)):
         assert fleet.in_flight("s0") == 1
         raise KeyError
     assert fleet.in_flight("s0") == 0
@@ -4699,7 +4708,7 @@ def test_a_lease_counts_whatever_ends_it():
 
 def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
     fleet = fleet_of(1, 2, 3)
-    with fleet.lease("s1", 0.0):
+    with leased(fleet.lease("s1", 0.0)):
         added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)],
                                       5.0)
         assert (added, draining) == (["new"], ["s0", "s1"])
@@ -4712,7 +4721,7 @@ def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
 
 def test_a_server_that_is_wanted_again_while_it_drains_stays():
     fleet = fleet_of(1)
-    with fleet.lease("s0", 0.0):
+    with leased(fleet.lease("s0", 0.0)):
         fleet.apply([], 1.0)
         assert fleet.apply([lite.ServerSettings("s0", 4)], 2.0) == (["s0"], [])
     (view,) = fleet.views()
@@ -4722,7 +4731,7 @@ def test_a_server_that_is_wanted_again_while_it_drains_stays():
 
 def test_news_of_a_server_that_has_left_are_ignored():
     fleet = fleet_of(1)
-    with fleet.lease("s0", 0.0):
+    with leased(fleet.lease("s0", 0.0)):
         fleet.apply([], 1.0)
     fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
     fleet.models_listed("s0", {}, 1.0)
@@ -4927,7 +4936,7 @@ def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins()
         lease.answered(1.0, True)
         assert counts_of(fleet) == (2, 320, 0)
     for one, left in ((lease, (1, 320, 0)), (again, (0, 0, 0))):
-        with one:
+        with leased(one):
             pass
         assert counts_of(fleet) == left
 
@@ -4935,7 +4944,7 @@ def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins()
 def test_an_answer_that_begins_after_the_end_changes_nothing():
     fleet = fleet_of(16)
     lease = fleet.lease("s0", 0.0, lite.Prompt(1000))
-    with lease:
+    with leased(lease):
         pass
     lease.answered(0.5, False)
     assert counts_of(fleet) == (0, 0, 0)
@@ -4944,11 +4953,11 @@ def test_an_answer_that_begins_after_the_end_changes_nothing():
 def test_a_prompt_that_was_never_answered_was_perhaps_not_read():
     fleet, prompt, longer = (fleet_of(16), prompt_of_links(range(1, 11)),
                              prompt_of_links(range(1, 16)))
-    with fleet.lease("s0", 0.0, prompt):
+    with leased(fleet.lease("s0", 0.0, prompt)):
         assert fleet.cached(prompt) == [640]
     assert fleet.cached(prompt) == [0]
     fleet.lease("s0", 0.0, prompt).answered(0.5, True)
-    with fleet.lease("s0", 1.0, longer):
+    with leased(fleet.lease("s0", 1.0, longer)):
         pass
     assert fleet.cached(longer) == [640]
 
@@ -4969,7 +4978,7 @@ def test_a_chat_that_goes_on_while_an_earlier_turn_is_given_up_can_go_on():
 def test_a_lease_with_a_server_that_has_left_counts_nowhere():
     fleet = fleet_of(16)
     lease = fleet.lease("new", 0.0, lite.Prompt(1000))
-    with lease:
+    with leased(lease):
         fleet.apply([lite.ServerSettings("new", 4)], 1.0)
     assert counts_of(fleet, "new") == (0, 0, 0)
 
@@ -4994,7 +5003,7 @@ def test_leases_add_up_whatever_happens_meanwhile():
             for _ in range(draw.choice((1, 1, 2))):
                 draw.choice(open_leases)[1].answered(now, draw.random() < 0.5)
         elif dice < 0.93 and open_leases:
-            with open_leases.pop(draw.randrange(len(open_leases)))[1]:
+            with leased(open_leases.pop(draw.randrange(len(open_leases)))[1]):
                 pass
         elif dice < 0.96:
             fleet.apply(draw.sample(settings, draw.randrange(6)), now)
@@ -5019,7 +5028,7 @@ def test_leases_add_up_whatever_happens_meanwhile():
                     and view.learned.tpot_s >= 0 and 1 <= view.learned.capacity <= 4096)
         assert not held
     for _, lease in open_leases:
-        with lease:
+        with leased(lease):
             pass
     fleet.apply(settings, now)
     assert {counts_of(fleet, view.id) for view in fleet.views()} == {(0, 0, 0)}
@@ -5028,7 +5037,7 @@ def test_leases_add_up_whatever_happens_meanwhile():
 def test_a_trial_ends_with_its_lease():
     fleet = fleet_of(16)
     fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    with fleet.lease("s0", 31.0, lite.Prompt(500)):
+    with leased(fleet.lease("s0", 31.0, lite.Prompt(500))):
         assert counts_of(fleet) == (1, 500, 1)
         fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 32.0)
     assert counts_of(fleet) == (0, 0, 0)
@@ -5040,8 +5049,8 @@ def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
         fleet = lite.Fleet()
         fleet.apply(settings, 0.0)
         fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
-        with fleet.lease("d@1", 0.0):  # no trial yet; keeps its engine
-            with fleet.lease("d@0", 31.0):
+        with leased(fleet.lease("d@1", 0.0)):  # no trial yet; keeps its engine
+            with leased(fleet.lease("d@0", 31.0)):
                 fleet.apply([], 32.0)
                 if not away_at_the_end:
                     fleet.apply(settings, 33.0)
@@ -5050,7 +5059,7 @@ def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
     fleet = lite.Fleet()
     fleet.apply(settings, 0.0)
     fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
-    with fleet.lease("d@0", 31.0):
+    with leased(fleet.lease("d@0", 31.0)):
         fleet.apply([], 32.0)
         fleet.apply(settings, 33.0)
     assert [view.counts.on_trial for view in fleet.views()] == [0, 0]
@@ -5555,7 +5564,7 @@ def asked_again(fleet, found, reports=40, tokens=6400):
         lease = fleet.lease("s0", 10.0 + n, prompt)
         for _ in range(2):  # what is said twice is expected once
             lease.answered(10.0 + n, False)
-        with lease:
+        with leased(lease):
             pass
         hits += round(found * prompt.tokens)
         reported(fleet, "s0", 10.5 + n, prefix_hits=hits, tokens=10**6 + n)
@@ -5771,7 +5780,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
     assert change.server == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
     fleet.models_listed("a", {"m": {}}, 0.0)
     prompt = prompt_of_links(range(1, 11))
-    with fleet.lease("a@1", 0.0, prompt):
+    with leased(fleet.lease("a@1", 0.0, prompt)):
         assert ([v.counts.in_flight for v in fleet.views()] == [0, 1, 0]
                 and fleet.cached(prompt) == [0, 640, 0])
     assert [v.models for v in fleet.views()] == [{"m": {}}, {"m": {}}, None]
@@ -5779,7 +5788,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
 
 def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_drains():
     fleet = fleet_of(8)
-    with fleet.lease("s0", 0.0):
+    with leased(fleet.lease("s0", 0.0)):
         fleet.apply([lite.ServerSettings("s0", 8, data_parallel_size=2)], 1.0)
         for _ in range(3):
             fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 2.0, Settings())
@@ -5985,8 +5994,8 @@ def test_checks_alone_do_not_thaw_a_server():
 def test_one_trial_at_a_time():
     fleet = fleet_of(20, 1)
     fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    with fleet.lease("s0", 10.0):  # begun while it was open: none
-        with fleet.lease("s0", 31.0):
+    with leased(fleet.lease("s0", 10.0)):  # begun while it was open: none
+        with leased(fleet.lease("s0", 31.0)):
             assert ranking_of(fleet, now=31.0).best == "s1"
         assert ranking_of(fleet, now=31.0).best == "s0"
 
@@ -6316,7 +6325,7 @@ def test_each_role_has_its_own_terms():
     assert "uncached 5000 " in read.why() and "(1 tokens at" in read.why()
     assert "uncached 16 " in answer.why() and "(200 tokens at" in answer.why()
     counts = fleet.view("s3").counts
-    with fleet.lease("s3", NOW, call.prompt, reads=False) as lease:
+    with leased(fleet.lease("s3", NOW, call.prompt, reads=False)) as lease:
         assert (counts.in_flight, counts.pending, counts.rate, counts.held) == (21, 0, 0, 5000)
     assert lease is None and (counts.in_flight, counts.held) == (20, 0)
 
@@ -7167,7 +7176,7 @@ def test_a_view_changes_only_on_news_and_counts_of_requests_are_none():
     fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 4))
     first = ranking_of(fleet, model="m")
     views = fleet.views()
-    with fleet.lease("s0", 0.0, prompt):
+    with leased(fleet.lease("s0", 0.0, prompt)):
         assert all(one is other for one, other in zip(fleet.views(), views))
         assert (fleet.view("s0").counts.in_flight, fleet.view("s0").counts.pending) == (1, 192)
         second = ranking_of(fleet, model="m")
@@ -8248,7 +8257,7 @@ def test_health_in_one_word(healthy, total, status):
 
 def test_load_counts_our_requests_and_those_of_others_once():
     fleet = with_load(fleet_of(10, 5), (6, 2), (0, 0), at=100.0)
-    with fleet.lease("s1", 0.0):
+    with leased(fleet.lease("s1", 0.0)):
         report = lite.load_report(fleet.views(), Settings(), CLOCK)
     first, second = report["servers"]
     detailed = {"num_requests_running": 6, "num_requests_waiting": 2, "gpu_cache_usage_perc": 0.0,
