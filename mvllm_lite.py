@@ -16021,7 +16021,6 @@ def first_family(
 
 
 def at_addresses(entry: DnsSettings, addresses: Iterable[str]) -> dict[str, ServerSettings]:
-    """The servers an entry stands for, by id."""
     return {id: dataclasses.replace(entry.server, id=id, name=id, address=address, like=entry.dns)
             for address in addresses for id in (f"{entry.dns}@{address}",)}
 
@@ -16044,8 +16043,6 @@ def in_thread(work: Callable[..., Result], *about: Any) -> asyncio.Future[Result
 
 
 class NameFollower:
-    """Looks up the wanted names at their intervals."""
-
     def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = look_up) -> None:
         self._core, self._wanted, self._resolve = core, wanted, resolve
         self._lookups = asyncio.Semaphore(32)  # at once
@@ -16072,7 +16069,7 @@ class NameFollower:
         self, host: str, families: Sequence[socket.AddressFamily], refresh_s: float,
         take: Callable[[tuple[str, ...], tuple[str, ...]], object],
     ) -> None:
-        """Call `take` at each change with the addresses before and those now."""
+        """Call `take` at each change with the addresses before and now."""
         known, failing = tuple[str, ...](), False
         while True:
             begun = loop_time()
@@ -16115,7 +16112,6 @@ class NameFollower:
     def moved(
         self, servers: Sequence[ServerSettings], before: tuple[str, ...], now: tuple[str, ...]
     ) -> None:
-        """The name in these servers' URLs has the addresses `now`."""
         if before:
             log.info("%s: its name has moved to %s", servers[0].name, ", ".join(now))
             for server in servers:
@@ -16198,7 +16194,6 @@ def objects_at(document: Any, *path: str) -> list[dict[str, Any]]:
 
 
 def ports_at(document: Any, number: str) -> list[tuple[str, int]]:
-    """The TCP ports with their names."""
     found = [(string_at(one, "name"), one.get(number)) for one in objects_at(document, "ports")
              if one.get("protocol") in ("TCP", None)]
     return [(name, port) for name, port in found if type(port) is int and 0 < port < 65536]
@@ -16232,7 +16227,6 @@ def uid_of(document: Any) -> str:
 
 
 def first_reason(leaving: bool, *reasons: str) -> str:
-    """The first reason for not using a pod, or ''."""
     return next(filter(None, ("it is being deleted" * leaving, *reasons)), "")
 
 
@@ -16282,8 +16276,6 @@ def read_slice(one: Any) -> tuple[Pod, ...]:
 
 
 class ObjectKind(NamedTuple):
-    """A kind of API object, and how its pods are read."""
-
     group: str
     path: str
     plural: str
@@ -16295,8 +16287,6 @@ SLICES = ObjectKind("discovery.k8s.io", "/apis/discovery.k8s.io/v1", "endpointsl
 
 
 class Watched(NamedTuple):
-    """What one watch covers, and the role of its servers."""
-
     table: KubernetesSettings
     kind: ObjectKind
     selector: str
@@ -16445,7 +16435,6 @@ class Listing:
         return itertools.chain.from_iterable(self.objects.values())
 
     def path(self, watch_s: int) -> str:
-        """What to ask for next: a page of the list, or the changes within that time."""
         if not self.complete:
             more = {"continue": self._continue} if self._continue else {}
             return self.what.path(limit=PAGE_OBJECTS, **more)
@@ -16656,10 +16645,7 @@ def cluster_of(
             cluster = parse_kubeconfig(text)
         except ValueError as error:
             raise SettingsError([Complaint(table.kubeconfig, 0, "", str(error))]) from None
-        home = os.path.dirname(table.kubeconfig)
-        files = {key: os.path.join(home, getattr(cluster, key)) for key in Cluster._fields
-                 if key.endswith("_file") and getattr(cluster, key)}
-        return with_files(Cluster(**{**cluster._asdict(), **files}))
+        return with_files(cluster, os.path.dirname(table.kubeconfig))
     if table.api_server:
         return with_files(Cluster(
             table.api_server, token_file=table.token_file, ca_file=table.ca_file))
@@ -16673,14 +16659,15 @@ def cluster_of(
         ca_file=f"{account}/ca.crt"))
 
 
-def with_files(cluster: Cluster) -> Cluster:
-    """With the contents of its files.  Raises SettingsError."""
-    held = {name.removesuffix("_file"): read_regular_file(path).decode("latin-1").strip()
-            for name, path in cluster._asdict().items() if name.endswith("_file") and path}
+def with_files(cluster: Cluster, home: str = "") -> Cluster:
+    """With the contents of its files, relative to `home`.  Raises SettingsError."""
+    files = {name.removesuffix("_file"): os.path.join(home, path)
+             for name, path in cluster._asdict().items() if name.endswith("_file") and path}
+    held = {name: read_regular_file(path).decode("latin-1").strip() for name, path in files.items()}
     if (token := held.get("token", cluster.token)) and not SECRET.fullmatch(token):
-        text = "holds no token"
-        raise SettingsError([Complaint(cluster.token_file or "kubeconfig", 0, "", text)])
-    return Cluster(**{**cluster._asdict(), **held})
+        where = files.get("token", "kubeconfig")
+        raise SettingsError([Complaint(where, 0, "", "holds no token")])
+    return cluster._replace(**held)
 
 
 def cluster_context(cluster: Cluster) -> ssl.SSLContext:
@@ -16739,7 +16726,6 @@ class Watch:
         self._api: ApiServer | None = None
 
     async def follow(self) -> None:
-        """List and watch for ever, with a pause after each failure."""
         try:
             while True:
                 if (failure := await self.step()) is not None:
@@ -16867,7 +16853,6 @@ class Watches:
         return "; ".join([f"kubernetes: {plural(servers, 'server')}", *troubles])
 
     async def follow(self) -> None:
-        """Name the servers known already, then follow all watches for ever."""
         self.define()
         async with asyncio.TaskGroup() as group:
             for one in self.all:
@@ -17172,7 +17157,7 @@ Placing = Callable[[str], tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Registration:
-    """A registered server or agent.  Times are monotonic."""
+    """Times are monotonic."""
 
     id: str  # the worker_id it chose, or its address
     registrar: Registrar
@@ -17807,7 +17792,6 @@ async def take_registrations(core: Core, address: str) -> None:
 
 
 def zmq_open_line(s: Settings) -> str:
-    """The warning that goes with an open registration_address."""
     return (f"registration_address {s.registration_address} takes servers from whoever reaches it"
             f" from {', '.join(s.registration_networks)}: ZMTP's NULL has no keys")
 
@@ -17976,7 +17960,6 @@ class Merger:
         return self.merged_events(held[:end]) if end else b""
 
     def end(self) -> bytes:
-        """What is left to pass on at the answer's end."""
         held, self._held = self._held, b""
         return self.merged_events(held) if self.streams else self.merged(held)
 
@@ -18114,7 +18097,6 @@ class Connector:
         self, prefill: ServerView, decode: ServerView, identity: Document | None,
         draw: random.Random,
     ) -> Shared:
-        """New ids for an attempt at both legs."""
         id = self.request_id(prefill, decode, f"{draw.getrandbits(128):032x}")
         return Shared(id, f"xfer-{draw.getrandbits(128):032x}", prefill, decode, identity,
                       self.at_once(identity))
@@ -18272,7 +18254,6 @@ class Leg(NamedTuple):
         return Relay(*self[:5]).has_larger
 
     def why(self) -> str:
-        """Why each server was chosen."""
         why = self.ranking.why()
         return f"prefill {self.split.prefill_why}; decode {why}" if self.shared else why
 
@@ -19063,7 +19044,6 @@ TRANSITIONS: dict[tuple[Phase, Turn], Phase] = {
     **{(phase, Turn.ENDED): Phase.FAILED for phase in LIVING if phase is not Phase.SLEEPING},
 }
 RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, INFINITY)  # after the n-th end in a row; it is given up
-GIVE_UP_AFTER = len(RESTART_PAUSES_S)  # ends in a row
 STEADY_S = 60.0  # an instance that ran for longer ends for the first time in a row
 LIFE_COUNTS = ("starts", "wakes", "failures", "ready_s", "wake_s", "slept_s")  # are reported
 
@@ -19209,7 +19189,6 @@ def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Dev
 
 
 def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
-    """The GPUs in serverless_vllm's form."""
     rows = [{"index": one.number, "name": one.name, "total_memory_gb": one.total_gb,
              "available_memory_gb": one.total_gb - one.used_gb, "utilization": one.utilization}
             for one in devices]
@@ -19359,7 +19338,6 @@ def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern, in which * is any characters."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
@@ -19624,10 +19602,8 @@ def decide(
         if why and not seat.leaving and (failed or seat.phase in LIVING):
             acts.append(Act("stop", seat.alias, seat.name, why=why))
             seats[n] = seat._replace(leaving=True)
-    grouped = {model.group: max((demands.get(one.alias, NO_DEMAND).waited_s for one in models
-                                 if one.group == model.group and one.together
-                                 and demands.get(one.alias, NO_DEMAND).waiting), default=-1.0)
-               for model in models if model.group}
+    groups = {one.group for one in models if one.group and one.together
+              and demands.get(one.alias, NO_DEMAND).waiting}
 
     def urgency(model: ModelSettings) -> tuple[float, ...]:
         demand = demands.get(model.alias, NO_DEMAND)
@@ -19639,7 +19615,7 @@ def decide(
         running = [seat for seat in mine if lives(seat)]
         fresh = sum(seat.fresh for seat in running)
         count = max(fresh, len(running) - fresh)  # what replaces another is no more of them
-        asked = demand.waiting > 0 or (model.together and grouped.get(model.group, -1.0) >= 0)
+        asked = demand.waiting > 0 or (model.together and model.group in groups)
         wanted = wanted_replicas(model, count, demand, asked)
         if wanted > count:
             acts += grow(model, hosts, seats, demands, why_not)
@@ -19721,7 +19697,6 @@ def grow(
 
 
 def promised(model: ModelSettings, place: Spot, hosts: Sequence[HostView]) -> Seat:
-    """The seat of an instance that is to be launched."""
     totals_gb = next(host.total_gb for host in hosts if host.name == place.host)
     gb = taken_gb(model, totals_gb, place.devices)
     return Seat("", model.alias, place.host, place.devices, gb, Phase.STARTING, model)
@@ -19928,7 +19903,6 @@ class Child:
         return ": ".join(filter(None, (how, " | ".join(map(str.strip, last)))))
 
     def tail(self, size: int = OUTPUT_BYTES) -> str:
-        """The end of its output, up to `size` bytes."""
         return self.output_from(max(0, self.output_size() - size))[0]
 
     def close(self) -> None:
@@ -20324,7 +20298,6 @@ class Agent:
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
-        """Start an instance and watch it, again and again, until it is stopped or given up."""
         while True:
             try:
                 reason = await self.start(one, adopted)
@@ -20394,7 +20367,6 @@ class Agent:
             ended.cancel()
 
     async def trim_outputs(self) -> None:
-        """Keep the instances' outputs bounded, until cancelled."""
         while True:
             for one in self.instances.values():
                 if one.child is not None:
@@ -20457,21 +20429,18 @@ class Agent:
     async def wake_or_end(self, one: Instance) -> None:
         """Wake an instance, or end it so that `tend` starts it anew.  Raises PeerGone."""
         try:
-            await self.wake_up(one)
+            for path, content in RELOADED if one.level == 2 else (("/wake_up", b""),):
+                said = await one.post(path, content)
+                last = path in ("/wake_up", "/wake_up?tags=kv_cache")
+                if last and said.get("status") != "awake":
+                    raise PeerGone(f"{path} said {shown(str(said))}", Fault.BAD_ANSWER)
+            if await one.says_asleep() is True:
+                raise PeerGone("/is_sleeping says that it still does", Fault.BAD_ANSWER)
         except PeerGone as gone:
             if one.child is not None and one.life.phase in (Phase.WAKING, Phase.FALLING_ASLEEP):
                 log.error("model %s does not wake: %s", one.name, gone)
                 await one.child.end(0.0)
             raise
-
-    async def wake_up(self, one: Instance) -> None:
-        for path, content in RELOADED if one.level == 2 else (("/wake_up", b""),):
-            said = await one.post(path, content)
-            last = path in ("/wake_up", "/wake_up?tags=kv_cache")
-            if last and said.get("status") != "awake":
-                raise PeerGone(f"{path} said {shown(str(said))}", Fault.BAD_ANSWER)
-        if await one.says_asleep() is True:
-            raise PeerGone("/is_sleeping says that it still does", Fault.BAD_ANSWER)
         one.level = 0
 
     async def stop(self, one: Instance) -> None:
@@ -20949,8 +20918,7 @@ class Holdings:
         order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
                  Phase.STOPPING, Phase.FAILED]
         found = {one["status"] for _, one in self.instances(model.alias)}
-        found |= {Phase.STARTING.value} & {
-            seat.phase.value for seat in self.launching.values() if seat.alias == model.alias}
+        found |= {"starting"} if model.alias in self.launching else set()
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
 
     def free_name(self, host: str, alias: str) -> str:
@@ -20966,14 +20934,10 @@ class Holdings:
 
     def is_routable(self, model: ModelSettings) -> bool:
         """Whether a request for a model finds a server now."""
-        now = loop_time()
-        for _, one in self.instances(model.alias):
-            if one["status"] == Phase.RUNNING.value:
-                view = self.core.fleet.view(one["alias"])
-                if (view is not None and view.health.may_be_tried(now) and view.available
-                        and view.has(model.served)):
-                    return True
-        return False
+        views = (self.core.fleet.view(one["alias"]) for _, one in self.instances(model.alias)
+                 if one["status"] == "running")
+        return any(view is not None and view.health.may_be_tried(loop_time()) and view.available
+                   and view.has(model.served) for view in views)
 
     def impossible(self, model: ModelSettings) -> str:
         """Why no request for a model can be answered, however long it waits, or ''."""
@@ -21041,7 +21005,6 @@ class ModelPool(Holdings):
             raise
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
-        """Look, decide and act until cancelled."""
         self._tasks = tasks
         agent, process = await self.begin(tasks), self.core.process
         self.begun.set()
@@ -21152,7 +21115,6 @@ class ModelPool(Holdings):
                 "instances": self.agent.saved()})
 
     def meet_agents(self, now: float) -> None:
-        """Take up agents that have registered, and forget those that are silent for long."""
         book = self.core.roster.keepers.get(Source.REGISTERED)
         registered = book.book.by_id.values() if isinstance(book, Registrations) else ()
         for one in registered:
@@ -21172,7 +21134,6 @@ class ModelPool(Holdings):
                         attempt.give_up(attempt.movable())
 
     async def follow(self, host: RemoteHost) -> None:
-        """Refresh an agent's report as long as the agent is known."""
         with contextlib.closing(host.client):
             while self.hosts.get(host.name) is host:
                 before = host.reachable
@@ -21409,7 +21370,7 @@ class FollowedPool(ModelPool):
             self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """Ask the manager to act on a model, or on an instance's model.  Raises PeerGone."""
+        """Raises PeerGone."""
         alias = next((one["model_alias"] for _, one in self.instances(name=name)), name)
         model = self.models.get(alias, ModelSettings(alias))
         path = f"/admin/models/{urllib.parse.quote(alias)}/{verb}"
@@ -21644,7 +21605,7 @@ def instance_report(pool: ModelPool, host: Host, one: Document) -> dict[str, Any
 
 
 def alias_named(pool: ModelPool, name: str) -> str:
-    """The alias that a path names.  Raises LookupError."""
+    """Raises LookupError."""
     if (alias := urllib.parse.unquote(name)) not in pool.models:
         there = f", but {', '.join(pool.models)}" if pool.models else ": there is none"
         raise LookupError(f"No model {shown(alias)} here{there}.")
@@ -21876,7 +21837,7 @@ async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
-    """The instance and the verb in a path.  Raises LookupError."""
+    """Raises LookupError."""
     name, _, verb = asked.head.path.removeprefix("/instances/").partition("/")
     return agent_of(core).named(urllib.parse.unquote(name)), verb
 
@@ -22009,7 +21970,6 @@ def run_worker(args: argparse.Namespace) -> int:
 
 
 def devices_here(s: Settings) -> list[Device]:
-    """The devices of an agent on this machine."""
     return stated_devices(s.devices, parse_gpus(
         asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
@@ -22360,7 +22320,6 @@ def is_troubled(server: Document) -> bool:
 
 
 def trouble_text(trouble: Document) -> str:
-    """What is wrong, for how long, and what to do."""
     since = trouble["since_s"]
     lasts = f", for {long_time(since)}" if is_known(since) else ""
     return f"{trouble['text']}{lasts}" + f"; {trouble['advice']}" * bool(trouble["advice"])
@@ -22565,12 +22524,11 @@ def graph_of(values: Sequence[float | None], rows: int) -> list[str]:
 
 
 def titled(words: str, width: int) -> Line:
-    """The line above a part of the screen."""
     return [(f"── {words} ".ljust(width, "─"), Style.DIM)]
 
 
 def graph_lines(fleet: Document, rows: int, width: int) -> list[Line]:
-    """Graphs of the fleet's last 15 minutes, in at most `rows` lines."""
+    """Of the last 15 minutes, in at most `rows` lines."""
     lines = [titled("the last 15 minutes", width)][:rows]
     tall, wide = (rows - 1) // len(GRAPHED), max(1, (width - 20) // GRAPH_POINTS)
     for name, (label, form) in GRAPHED.items() if rows else ():
@@ -22595,7 +22553,6 @@ class View(NamedTuple):
 
 
 def request_rows(status: Document) -> list[Document]:
-    """The requests in progress, followed by the last that have ended."""
     running = [{**one, "time_s": one["age_s"], "first_s": None, "bad": False,
                 "end": "runs" if one["tokens"] else "waits for its first token"}
                for one in status["requests"]["running"]]
@@ -22952,7 +22909,7 @@ def help_lines(width: int, hint: str) -> list[Line]:
 
 
 def page_lines(status: Document, ui: Ui, size: Size) -> tuple[Line, list[Line]]:
-    """The title and the text of a screen that is not the list."""
+    """The title and the text of a screen but the list."""
     width = size.columns
     if ui.mode is Mode.VIEW:
         title = packed([(ui.view.upper(), Style.TITLE), *total_items(status)], width)
@@ -23010,7 +22967,7 @@ def drawn(status: Document, ui: Ui, size: Size) -> list[Line]:
 
 
 def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """The next Ui after a key, and what the key asks of the balancer, or None."""
+    """The next Ui, and what the key asks of the balancer."""
     ui = ui._replace(note="")
     if ui.asked:
         return answer_dialog(key, ui)
@@ -23787,7 +23744,6 @@ const long = v => !known(v) ? "" : v < 60 ? `${Math.floor(v)} s` : v < 3600
 const few = (items, n) => items.slice(0, n).join(", ")
   + (items.length > n ? ` and ${items.length - n} more` : "");
 const MARKS = { good: "✓", warn: "!", bad: "✕" };
-const KINDS = { "": "good", bad: "bad", warn: "warn", note: "warn" };
 const worst = s => list(s.troubles)[0] || { level: "", word: s.state };  // of a server
 const RATES = [["Requests/s", "requests_per_s", rate], ["Tokens/s", "tokens_per_s", rate]];
 const TIMES = [["TTFT p50", "ttft_p50_s", wait], ["TTFT p95", "ttft_p95_s", wait]];
@@ -23936,7 +23892,7 @@ function make(url) {
 function showServer(url, server) {
   const row = rows.get(url) || make(url), part = row.part, since = long(server.since_s);
   const state = text(server.state) || "unknown", reason = text(server.reason);
-  const { level, word } = worst(server), kind = KINDS[level] || "warn";
+  const { level, word } = worst(server), kind = { "": "good", bad: "bad" }[level] || "warn";
   const name = text(server.name) || url, models = list(server.models).map(text);
   const ours = server.in_flight, all = known(server.running) && !server.stale
     ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
@@ -24441,7 +24397,6 @@ def errors_topic() -> str:
 
 
 def all_families() -> list[Family]:
-    """Every family of /metrics, without samples of servers."""
     now = gauges([], 0.0, Settings(), dict.fromkeys(PROCESS_GAUGES, 0.0))
     return [*Metrics().families(), *now, *watch_families((), 0.0)]
 
@@ -24608,7 +24563,7 @@ services:
   mvllm_lite:
     build: .
     ports: ["8888:8888"]
-    volumes: ["./config:/config:ro"] # the directory, so that a file put in place by rename is seen
+    volumes: ["./config:/config:ro"]
     environment: { LOG_DIR: /tmp/logs }
     read_only: true
     tmpfs: ["/tmp"]
@@ -25265,7 +25220,7 @@ class Engine:
             kv_tokens=self.cache.room)
 
     def _begin(self, now: float) -> None:
-        """Schedule a step as vLLM does, and in the same stretch the steps that are like it."""
+        """Schedule a step as vLLM does, and in its stretch the steps that are like it."""
         preemptions = self.preemptions
         while self._lacks(0):
             self._preempt()
@@ -25349,7 +25304,6 @@ class Engine:
         return tokens
 
     def _name_links(self, job: Job) -> None:
-        """Share the links of a prompt that are computed."""
         chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
         while job.passed < len(chain) and ends[job.passed] <= job.done:
             link, size = chain[job.passed], ends[job.passed] - job.reach
@@ -25462,7 +25416,6 @@ class PolicyRouter:
         return self.ids.index(ranking.asked.id)
 
     def has_read(self, number: int, now: float) -> None:
-        """The first of two servers has read the prompt."""
         lease = self.reading.pop(number)
         lease.answered(now, True)
         lease.end(now)
@@ -25511,8 +25464,7 @@ class Replay:
         self._models = len({arrival.model for arrival in arrivals})
         self._held = deque[int]()  # in the queue
         self._answer_at = dict[int, int]()  # which server answers what another reads
-        self._coming = self._left = len(arrivals)
-        self._flying = 0
+        self._left = len(arrivals)  # without their outcome
         self._moved_s = 0.0  # when a request last came, was sent or finished
         self._serial = itertools.count()
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -25531,7 +25483,7 @@ class Replay:
         heapq.heappush(self._events, (when, next(self._serial), act, about))
 
     def _come(self, number: int, now: float) -> None:
-        self._coming, self._moved_s = self._coming - 1, now
+        self._moved_s = now
         self._held.append(number)
         self._offer(now)
 
@@ -25547,7 +25499,7 @@ class Replay:
                 kept.append(number)
                 blocked.add(arrival.model)
             else:
-                self._flying, self._moved_s = self._flying + 1, now
+                self._moved_s = now
                 if isinstance(server, tuple):
                     server, self._answer_at[number] = server
                     arrival = arrival._replace(output_tokens=1)
@@ -25591,7 +25543,7 @@ class Replay:
         times = job.first_s - came_s, job.last_s - came_s
         cached = job.cached if job.there is None else job.there
         self.records[job.number] = Record(self.arrivals[job.number], server, cached or 0, *times)
-        self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
+        self._moved_s, self._left = now, self._left - 1
         total = len(self.arrivals)
         done = total - self._left
         if done * 100 // total > (done - 1) * 100 // total:
@@ -25602,7 +25554,8 @@ class Replay:
     def _scrape(self, server: int, now: float) -> None:
         self.router.scraped(server, self.engines[server].report(now), now)
         self._offer(now)
-        if self._coming or self._flying or (self._held and now < self._moved_s + PATIENCE_S):
+        held = len(self._held)  # the others come, or are at a server
+        if self._left > held or (held and now < self._moved_s + PATIENCE_S):
             self._at(now + self.interval_s, self._scrape, server)
 
 
@@ -26080,7 +26033,6 @@ class Form:
         return []
 
     def piece(self, i: int, n: int) -> list[Event]:
-        """Piece `n` of choice `i`."""
         raise NotImplementedError
 
     def end(self) -> list[Event]:
@@ -26247,7 +26199,6 @@ class ResponsesForm(Form):
         return super().event(f"response.{kind}", sequence_number=next(self.numbers), **more)
 
     def within(self, kind: str, **more: Any) -> Event:
-        """An event about the answer's only item."""
         part = {} if self.script.tool else {"content_index": 0}
         return self.event(kind, item_id=self.item_id, output_index=0, **part, **more)
 
@@ -26287,7 +26238,7 @@ FORMS: dict[str, type[Form]] = {
 
 def simulated_refusal(head: RequestHead, content: Content, wanted: Document,
                       prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
-    """The (status, JSON) with which vLLM would refuse a request; None if it would not."""
+    """The status and JSON with which vLLM would refuse a request, or None."""
     form = FORMS.get(head.path)
     if (refused := unreadable(head, content, form.needed if form else ())) is not None:
         return 400, vllm_error("Bad Request", 400, *refused)
@@ -26311,7 +26262,6 @@ def embedded(text: str, dimensions: int) -> list[float]:
 
 
 def likeness(query: str, text: str) -> float:
-    """The share of words that two texts have in common."""
     a, b = (set(re.findall(r"\w+", one.lower())) for one in (query, text))
     return round(len(a & b) / (len(a | b) or 1), 6)
 
@@ -26374,8 +26324,6 @@ STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chun
 
 
 class Simulated(NamedTuple):
-    """A kind of server to simulate."""
-
     capacity: int  # requests in the batch at once
     token_s: float  # between two tokens with an empty batch; doubles when the batch is full
     prefill_tokens_per_s: float
@@ -26417,7 +26365,6 @@ class SimulatedBlocks:
                 "remote_port": urllib.parse.urlsplit(server.url).port}
 
     def shares(self, id: str) -> bool:
-        """Whether all servers have those blocks."""
         return self.connector == "plain" and id in self._kept
 
     async def take(self, id: str) -> bool:
@@ -26459,7 +26406,6 @@ class SimulatedServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the requests of one connection, one after the other."""
         self._tasks.add(task := asyncio.current_task())
         client = MessageReader(reader, Blame.CLIENT)
         with contextlib.suppress(PeerGone, BadMessage, OSError, asyncio.CancelledError):
@@ -26596,8 +26542,6 @@ def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
 
 
 class Generation:
-    """A simulated server's answer to one request."""
-
     def __init__(self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
                  content: Content, prompt: Prompt) -> None:
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
@@ -26704,7 +26648,7 @@ class SimulatedVllm(SimulatedServer):
             SIMULATED_KIND._replace(token_s=args.token_s, capacity=args.max_num_seqs),
             (args.served_model_name or args.model,), host=args.host)
         self.port, self.dev, self.wake_s, self.level = args.port, dev, args.wake_s, 0
-        self.asleep, self.engine_died = False, False
+        self.engine_died = False
         self.awake, self.over = asyncio.Event(), asyncio.Event()
         self.awake.set()
 
@@ -26723,22 +26667,21 @@ class SimulatedVllm(SimulatedServer):
         await super()._answer(client, writer, head, content)
 
     async def turn(self, head: RequestHead) -> Any:
-        """Carry out a request about sleep.  Returns the document to answer with."""
+        """Returns the document to answer with."""
         query = dict(urllib.parse.parse_qsl(head.query or ""))
         if head.path == "/sleep":
             while self.running and query.get("mode") == "wait":
                 await asyncio.sleep(0.01)
-            self.asleep, self.level = True, int(query.get("level", "1"))
+            self.level = int(query.get("level", "1"))
             self.awake.clear()
             return {"status": "sleeping", "level": self.level}
         if head.path == "/is_sleeping":
-            return {"is_sleeping": self.asleep}
+            return {"is_sleeping": not self.awake.is_set()}
         if head.path == "/wake_up":
             await asyncio.sleep(self.wake_s)
             if self.level == 2 and query.get("tags") == "weights":
                 self.level = 1
                 return {"status": "sleeping", "tags": ["weights"]}
-            self.asleep = False
             self.awake.set()
             return {"status": "awake", "tags": None}
         return {}
@@ -26748,9 +26691,10 @@ class SimulatedVllm(SimulatedServer):
             return 503, ""
         status, said = super()._page(head, wanted)
         if head.path == "/metrics" and isinstance(said, str):
+            awake = self.awake.is_set()
             said += "".join(
                 f'vllm:engine_sleep_state{{engine="0",sleep_state="{state}"}} {int(on)}\n'
-                for state, on in (("awake", not self.asleep), ("weights_offloaded", self.asleep)))
+                for state, on in (("awake", awake), ("weights_offloaded", not awake)))
         return status, said
 
     async def follow_engine(self, engine: subprocess.Popen[bytes]) -> None:
@@ -26833,7 +26777,6 @@ REGISTRATION_S = 1.0  # between two registrations of a simulated server
 
 
 async def post_to(balancer: Balancer, path: str, document: Any, timeout_s: float) -> None:
-    """Post JSON to a balancer, whatever it answers."""
     server = ServerSettings(balancer.core.process.own_url)
     with contextlib.closing(HttpClient(server)) as client:
         await try_fetch(client, path, timeout_s, compact(document))
@@ -26841,7 +26784,7 @@ async def post_to(balancer: Balancer, path: str, document: Any, timeout_s: float
 
 async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
                       pace_s: float = REGISTRATION_S) -> None:
-    """Have a simulated server register itself, leave after a while, and come back."""
+    """Have a server register itself, leave after a while, and come back."""
     draw = random.Random(seed)
     said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
     while not balancer.port:
@@ -26927,7 +26870,6 @@ async def demo_traffic(
 
 
 async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) -> None:
-    """Have one of several servers fail or be slow now and then, and recover."""
     while len(servers) > 1:
         await asyncio.sleep(BETWEEN_MISHAPS_S)
         one, mode = draw.choice(servers), draw.choice(list(MISHAPS))
@@ -26939,7 +26881,6 @@ async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) 
 
 
 async def run_beside(works: Iterable[Coroutine[Any, Any, None]], running: Awaitable[None]) -> None:
-    """Await `running`, with `works` under way until it ends."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await running
@@ -27331,7 +27272,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def check_models(s: Settings) -> int:
-    """Print for each of [[models]] whether it could start.  Returns how many could."""
+    """Returns how many could start."""
     if s.registration is not None and not s.devices:  # agents may have other devices
         return 0
     devices, startable = devices_here(s) if s.models else [], 0
@@ -27488,7 +27429,7 @@ class Trial:
         return sum(counts) if counts else None
 
     async def run(self) -> str:
-        """Carry out the trial.  Returns its outcome in a few words."""
+        """Returns its outcome in a few words."""
         identity, port = None, self.pair.terms.bootstrap_port
         if self.connector.asks:
             learned = await ask_bootstrap(self.reader.settings, port)
@@ -27504,7 +27445,7 @@ class Trial:
         return "FAILED" if self.findings else "works"
 
     async def attempt(self, identity: Document | None) -> bytes:
-        """Send both legs.  Returns the answer to the first."""
+        """Returns the answer to the first leg."""
         content, before, said, answered = self.prompt(), await self.received(), b"", (0, b"")
         shared = self.connector.shared(self.reader, self.writer, identity, self.draw)
         first, rank = self.connector.prefill_leg(content, shape_of(TRIAL_PATH, content), shared)
@@ -27521,7 +27462,7 @@ class Trial:
         return said
 
     async def read_by(self, status: int, said: bytes) -> bytes:
-        """Check that the first leg succeeded and kept blocks.  Returns its answer."""
+        """Returns the answer to the first leg, which should have kept blocks."""
         name, handle = self.reader.name, handle_in(said)
         if status != 200:
             self.failed(f"{name} did not read a prompt: {answer_words(status, said)}")
@@ -27533,7 +27474,6 @@ class Trial:
         return said
 
     async def reach(self, host: Any, port: Any) -> None:
-        """Check that the side channel named in an answer can be reached."""
         if not (isinstance(host, str) and type(port) is int):
             return
         own, why = host_of(self.reader.settings.url), ""

@@ -18828,7 +18828,7 @@ def test_the_life_of_an_instance_is_one_table():
 
 def test_what_ends_by_itself_is_started_again_after_growing_pauses_and_then_given_up():
     life, pauses = lite.Life(0.0), []
-    for now in range(lite.GIVE_UP_AFTER):
+    for now in range(len(lite.RESTART_PAUSES_S)):
         life.tell(lite.Turn.LAUNCH, now)
         life.tell(lite.Turn.ENDED, now, "exit code 1")
         pauses.append(life.retry_at - now)
@@ -19685,7 +19685,7 @@ async def test_a_model_that_fails_again_and_again_is_given_up_until_somebody_wak
         client, pool = await running.client(), running.core.planners["models"].pool
         asking = asyncio.ensure_future(ask_model(running))
         await eventually(lambda: pool.agent.instances, "it starts")
-        pool.agent.instances["local-a"].life.in_row = lite.GIVE_UP_AFTER - 1
+        pool.agent.instances["local-a"].life.in_row = len(lite.RESTART_PAUSES_S) - 1
         answer = await asking
         assert (answer.status, answer.get("retry-after")) == (503, "60")
         assert "cannot be started: exit code 1" in answer.error["message"]
