@@ -6061,7 +6061,7 @@ def test_a_burst_between_two_reports_spreads():
     for _ in range(20):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best, 0.0).__enter__()
+        fleet.lease(best, 0.0)
     assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
 
 
@@ -6070,7 +6070,7 @@ def test_capacity_decides_how_a_burst_is_shared():
     for _ in range(28):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best, 0.0).__enter__()
+        fleet.lease(best, 0.0)
     assert taken == {"s0": 16, "s1": 8, "s2": 4}
 
 
@@ -21521,10 +21521,9 @@ async def test_servers_are_listed_with_what_is_by_hand_and_a_drain_can_wait():
         client = await running.client()
         where = f"/admin/servers/drain?url={one.url}"
         lease = running.core.fleet.lease(one.url, asyncio.get_running_loop().time())
-        lease.__enter__()
         waited = await client.post(f"{where}&wait=0.01", b"", AS_JSON)
         assert (waited.status, waited.json["in_flight"]) == (200, 1)
-        lease.__exit__(None, None, None)
+        lease.end()
         assert (await client.post(f"{where}&wait=30", b"", AS_JSON)).json["in_flight"] == 0
         assert (await client.post(f"{where}&wait=long", b"", AS_JSON)).error["message"] == (
             "request: wait: found 'long', expected a number, 0 to 3600")
