@@ -10010,7 +10010,7 @@ TCP_NOTSENT_LOWAT = 25  # Linux; Python names it since 3.12
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = list[socket.socket]()
+    sockets = []
     with contextlib.ExitStack() as opened:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             sockets.append(sock := opened.enter_context(socket.socket(family, kind, protocol)))
@@ -11834,7 +11834,7 @@ def logging_to_stdout(s: Settings) -> Iterator[None]:
 @contextlib.contextmanager
 def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
     """Also send log lines, and the events of `listeners`, to the log files that can be written."""
-    before, kept = list(listeners), list[LineWriter]()
+    before, kept = list(listeners), []
     lines = log_file_writer(s, s.log_file, s.log_file_bytes, s.log_days)
     errors = log_file_writer(s, s.error_log_file, s.log_file_bytes, s.error_log_days)
     facts = log_file_writer(s, s.structured_log_file, s.structured_log_file_bytes, s.log_days)
@@ -12852,7 +12852,7 @@ class Trail:
 def account(x: Exchange) -> None:
     """Count the request, remember it, and tell the subscribers, which write its lines."""
     core, trail, response, first_s = x.core, x.trail, x.response, None
-    now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
+    now, metrics, usage = x.loop.time(), core.metrics, {}
     model, server = trail.model, trail.server
     counted = [(metrics.requests, (trail.name, model, str(response.status)), 1.0)]
     noted = [(metrics.durations, now - trail.began_at), (metrics.request_sizes, x.body.size),
@@ -14946,7 +14946,7 @@ def heeded(environ: Mapping[str, str]) -> tuple[Mapping[str, str], list[Complain
     """The environment as it is heeded, and warnings.  HOST and PORT may have the names that
     serverless_vllm gave them.  What Kubernetes sets for a service of that name, like
     tcp://10.0.0.1:80, is no port; a HOST that is no address is that of conda or a shell."""
-    found, old = dict(environ), list[str]()
+    found, old = dict(environ), []
     for name in ("HOST", "PORT"):
         said = [word for prefix in OLD_PREFIXES if (word := environ.get(prefix + name))
                 and (name == "HOST" or word.isdecimal())]
@@ -14995,7 +14995,7 @@ def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Over
 def placed(complaints: Iterable[Complaint], path: str) -> list[Complaint]:
     """The complaints, where those about another file get the key and line that name the file."""
     with contextlib.suppress(SettingsError):
-        rows, found = SettingsFile(path).text().splitlines(), list[Complaint]()
+        rows, found = SettingsFile(path).text().splitlines(), []
         for one in complaints:
             names = {one.source, os.path.relpath(one.source, os.path.dirname(path) or ".")}
             named = "|".join(map(re.escape, names))
@@ -15324,7 +15324,7 @@ class Balancer:
     def listen(self) -> Sockets:
         """Sockets that listen, inherited or new.  Raises SettingsError."""
         s, inherited = self.core.settings, self.inherited.get(OPERATOR_SOCKETS_ENV, ())
-        operators, address = list[socket.socket](), operator_address(s)
+        operators, address = [], operator_address(s)
         if address is not None:
             operators = list(inherited) or self.sockets_at(*address, "operator_")
             self.operator_port = operators[0].getsockname()[1]
@@ -15723,7 +15723,7 @@ def router_table(given: Mapping[str, Any], table: str) -> dict[str, Any]:
 
 def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """The servers that its flags name, or a source that looks for them.  Raises SettingsError."""
-    found, size = dict[str, tuple[Any, str]](), given.get("--intra-node-data-parallel-size")
+    found, size = {}, given.get("--intra-node-data-parallel-size")
     more = {} if size is None else {"data_parallel_size": size}
     servers = [{"url": url, **more} for url in given.get("--worker-urls", ())]
     for url, *port in given.get("--prefill", ()):
@@ -16259,7 +16259,7 @@ def read_pod(pod: Any) -> tuple[Pod, ...]:
 def read_slice(one: Any) -> tuple[Pod, ...]:
     """The endpoints of an EndpointSlice, whose ports the API has already resolved."""
     namespace, kind = string_at(one, "metadata", "namespace"), string_at(one, "addressType")
-    ports, found = ports_at(one, "port"), list[Pod]()
+    ports, found = ports_at(one, "port"), []
     for endpoint in objects_at(one, "endpoints"):
         addresses = member_at(endpoint, "addresses")
         address = addresses[0] if isinstance(addresses, list) and addresses else ""
@@ -16332,7 +16332,7 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
     missing = [str(port or "at all") for port, number in zip(wanted, numbers) if not number]
     if why_not := one.why_not or missing and f"it has no port {', '.join(missing)}":
         return Offer({}, why_not, warnings)
-    default, servers = what.table.server, dict[str, ServerSettings]()
+    default, servers = what.table.server, {}
     default = dataclasses.replace(default, like=default.id, **{"role": what.role, **values})
     for number in dict.fromkeys(numbers):
         id, url = f"{one.uid}:{number}", f"{what.table.scheme}://{in_url(one.address)}:{number}"
@@ -16343,7 +16343,7 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
 
 def read_annotations(one: Pod, pools: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The keys that a pod's annotations set, and a warning for each annotation that is ignored."""
-    values, wrong = dict[str, Any](), list[str]()
+    values, wrong = {}, []
     for name, value in sorted(one.annotations, reverse=True):  # ours come last, and win
         key = "bootstrap_port" if name == BOOTSTRAP_ANNOTATION else name.removeprefix(
             ANNOTATION_PREFIX)
@@ -16960,7 +16960,7 @@ def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
 
 def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
     """By lower-case name.  Raises BadMessage."""
-    found, at = dict[bytes, bytes](), 0
+    found, at = {}, 0
     while at < len(data):
         name, at = split_prefixed(data, at, 1)
         value, at = split_prefixed(data, at, 4)
@@ -17260,7 +17260,7 @@ class RegistrationBook:
     def load(self, document: Iterable[Document], now: float) -> None:
         """Take what a predecessor dumped, all or nothing.  Raises SettingsError or, for a malformed
         document, ValueError, TypeError, KeyError or AttributeError."""
-        found = dict[str, Registration]()
+        found = {}
         for one in document:
             placed = {host: (str(to), str(pin)) for host, (to, pin) in one["placed"].items()}
             new = parse_registration(one["said"], Registrar(one["registrar"]), placed.__getitem__)
@@ -17479,7 +17479,7 @@ class Registrations:
 async def peer_of(asked: Asked, said: Document) -> Peer:
     """Who registers, with the addresses of names in the content where they matter."""
     assert asked.visit is not None
-    resolved, s = dict[str, list[str]](), asked.visit.settings
+    resolved, s = {}, asked.visit.settings
     for key in URL_KEYS if s.registration_any_address else ():
         with contextlib.suppress(ValueError):
             if host := host_of(str(said.get(key, ""))):
@@ -17564,7 +17564,7 @@ async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
 
 def worker_rows(core: Core) -> list[dict[str, Any]]:
     now, book = clock_now(), Registrations.of(core).book
-    rows, owners = list[dict[str, Any]](), book.owners()
+    rows, owners = [], book.owners()
     for id, entry in core.roster.entries.items():
         views, url, role = core.fleet.engines(id), entry.settings.url, entry.settings.role
         models = [name for view in views[:1] for name in view.models or ()]
@@ -19149,7 +19149,7 @@ GPU_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory",
 
 def parse_gpus(text: str, visible: str = "") -> list[Device]:
     """From GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
-    found = dict[str, Device]()
+    found = {}
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a warning, or a device that does not tell
             index, *name, total, used, busy = [word.strip() for word in line.split(",")]
@@ -19316,7 +19316,7 @@ def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]
 
 def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str, str]]:
     """The keys of a model from HTTP that its profile does not allow, and why."""
-    name, wrong = model.model or model.alias, list[tuple[str, str]]()
+    name, wrong = model.model or model.alias, []
     trusting = any("trust-rem" in word.replace("_", "-")  # or cut short, as argparse takes it
                    for word in (*profile.command, *profile.args, *model.args))
     patterns = profile.models or ("*",)
@@ -19478,7 +19478,7 @@ def room_on(
     if free + slack >= sum(booked_gb(seat, False) for seat in here):
         return (), True
     left = free + slack - sum(booked_gb(seat, True) for seat in here)
-    moves = list[tuple[Seat, str]]()
+    moves = []
 
     def gain(seat: Seat, how: str) -> float:
         return booked_gb(seat, True) - (seat.held_gb if how == "sleep" else 0.0)
@@ -19505,7 +19505,7 @@ def find_place(
 ) -> Spot | str:
     """Where one more instance fits with the fewest moves, or what is lacking, in words; `pinned` is
     a sleeping one that is to wake where it is."""
-    places, lacking = list[tuple[tuple[Any, ...], Spot]](), list[str]()
+    places, lacking = [], []
     running, demand = [seat.alias for seat in seats if lives(seat)], demands.get(
         model.alias, NO_DEMAND)
     may_move = {seat.name for seat in seats if demand.waiting or model.min_replicas
@@ -19541,7 +19541,7 @@ def place_on(
     count = model.tensor_parallel_size
     if len(host.total_gb) < count:
         return f"{host.name} has {len(host.total_gb)} devices of {count}"
-    rows, lacks = list[tuple[Any, ...]](), list[str]()
+    rows, lacks = [], []
     for device, total_gb in enumerate(host.total_gb):
         if pinned is not None and device not in pinned.devices:
             continue
@@ -19727,7 +19727,7 @@ def shrink(
     memory_gb: dict[str, float],
 ) -> list[Act]:
     """The acts on instances that are surplus, idle for long, or not as the settings are now."""
-    acts, resting = list[Act](), [seat for seat in mine if not seat.leaving]
+    acts, resting = [], [seat for seat in mine if not seat.leaving]
     running = sorted((seat for seat in resting if seat.phase is Phase.RUNNING),
                      key=lambda seat: (seat.in_flight, -seat.idle_s))
     left = sum(map(lives, mine))
@@ -20595,7 +20595,7 @@ class RemoteHost:
 
     def allowed(self) -> list[ProfileSettings]:
         """Its profiles, with what they allow."""
-        said, found = self.said.get("profiles"), list[ProfileSettings]()
+        said, found = self.said.get("profiles"), []
         for name, one in said.items() if isinstance(said, dict) else ():
             models, values = (tuple(map(str, one[key])) for key in ("models", "values"))
             found.append(ProfileSettings(name, models, values=values))
@@ -20821,7 +20821,7 @@ class Holdings:
         return seats
 
     def host_views(self, now: float) -> list[HostView]:
-        views = list[HostView]()
+        views = []
         for host in self.hosts.values():
             said, lost_s = host.report(), now - host.seen_at
             if host.reachable or lost_s < self.core.settings.agent_lost_after:
@@ -20840,7 +20840,7 @@ class Holdings:
 
     def define_servers(self) -> None:
         """Each instance that has ever been ready is a server; with weight 0 if it is not now."""
-        servers, news, stuck = dict[str, ServerSettings](), list[str](), list[str]()
+        servers, news, stuck = {}, [], []
         known, self.seen_running = self.seen_running, {}
         for host, one in self.instances():
             phase, name = Phase(one["status"]), one["alias"]
@@ -20887,7 +20887,7 @@ class Holdings:
         return in_flight / capacity if capacity else 0.0
 
     def demands(self, now: float) -> dict[str, Demand]:
-        found = dict[str, Demand]()
+        found = {}
         for alias, model in self.models.items():
             demand = self.uses.demand(model, self.load_of(alias), self.only_host(model), now)
             waiting = max(demand.waiting, alias in self.wishes)
@@ -21025,7 +21025,7 @@ class ModelPool(Holdings):
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
         """This machine's agent, and what a predecessor has left it: models registered then, and
         what runs."""
-        s, saved = self.core.settings, dict[str, Any]()
+        s, saved = self.core.settings, {}
         try:
             saved = self.state.load()
         except (OSError, ValueError) as error:
@@ -21507,7 +21507,7 @@ class PoolPlanner:
         """[] with `now`, when it is asked once more, as a service."""
         if now is not None:
             return []
-        pool, found = self.pool, list[Family]()
+        pool, found = self.pool, []
         totals = [(alias, counted) for host in pool.hosts.values()
                   for alias, counted in host.report().get("totals", {}).items()]
         for name, meaning, key in POOL_FAMILIES:
@@ -21525,7 +21525,7 @@ class PoolPlanner:
 
     def report(self, now: float) -> list[dict[str, Any]]:
         """The rows of the status document: each instance, and each model without one."""
-        pool, rows = self.pool, list[dict[str, Any]]()
+        pool, rows = self.pool, []
         reports = {one["alias"]: one for _, one in pool.instances()}
         seats = pool.seats(now)
         for alias, model in pool.models.items():
@@ -22751,7 +22751,7 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
         return [(ui.note, Style.TITLE)]
     acts = VIEWS[ui.view].acts.items() if ui.view else ()
     keys = [("q", "back"), *acts, *MODE_KEYS.get(ui.mode, ())]
-    left, line = width - cells(place) + 2 * (not place), list[Span]()
+    left, line = width - cells(place) + 2 * (not place), []
     if ui.mode is Mode.LIST:
         keys = [(key, f"sort {ui.sort}" if word == "sort" else word) for key, _, word in KEYS]
         if ui.filter:
@@ -23236,7 +23236,7 @@ class CursesScreen:
         self.attributes = self.attributes_of(colours)
 
     def attributes_of(self, colours: bool) -> dict[Style, int]:
-        curses, found, background = self.curses, dict[Style, int](), 0
+        curses, found, background = self.curses, {}, 0
         if colours:
             curses.start_color()
             with contextlib.suppress(curses.error):  # the terminal has no default colours
@@ -23493,7 +23493,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
         yield
         return
     core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
-    doing = set[asyncio.Future[Any]]()
+    doing = set()
 
     def act(action: Action) -> None:
         if action.verb == "quit":
@@ -24225,7 +24225,7 @@ TABLE_MEANINGS = {
 
 @topic("settings", "every key of the settings file: its default and its meaning")
 def settings_topic() -> str:
-    lines = list[str]()
+    lines = []
     known = {"servers": {**SERVER_FIELDS, **DNS_FIELDS}, "keys": KEY_FIELDS,
              "kubernetes": KUBERNETES_FIELDS, "disaggregation": SPLIT_FIELDS,
              "models": MODEL_FIELDS, "profiles": PROFILE_FIELDS,
@@ -24333,7 +24333,7 @@ def policies_topic() -> str:
 
 @topic("paths", "what is answered, by whom, and who may ask")
 def paths_topic() -> str:
-    lines, width = list[str](), max(map(len, ENDPOINTS)) + 2
+    lines, width = [], max(map(len, ENDPOINTS)) + 2
     for kind in [kind for kind in Kind if kind is not Kind.INFERENCE]:
         rows = [(f"  {method:6}", path.ljust(width), row.meaning[:1].upper() + row.meaning[1:])
                 for path, methods in sorted(ENDPOINTS.items()) for method, row in methods.items()
@@ -24864,7 +24864,7 @@ class Torn(ValueError):
 def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
     """The arrivals in a trace of our own, Mooncake's or Azure's, by time, without a half-written
     last line.  Raises ValueError, which names the wrong line."""
-    arrivals, read, torn = list[Arrival](), None, ""
+    arrivals, read, torn = [], None, ""
     for number, line in enumerate(lines, 1):
         if torn:
             raise ValueError(torn)
@@ -24997,7 +24997,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
     def length(of: tuple[float, float, float]) -> int:
         return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
 
-    out, number, at_s = list[Arrival](), 0, -kind.turns * kind.think_s
+    out, number, at_s = [], 0, -kind.turns * kind.think_s
     shares = [1 / n for n in range(1, len(kind.shared) + 1)]
     while at_s < seconds:
         at_s, number, now_s = at_s + draw.expovariate(kind.rate / kind.turns), number + 1, at_s
@@ -25184,7 +25184,7 @@ class Engine:
 
     def end(self) -> tuple[list[Job], list[Job]]:
         """End the stretch and begin the next.  Returns the jobs that began to answer, and ended."""
-        now, begun, complete = self.ends_s, list[Job](), list[Job]()
+        now, begun, complete = self.ends_s, [], []
         self.cache.take(self._decoding * (self._steps - 1))
         self._context += self._decoding * self._steps
         self._generated += self._decoding * self._steps
@@ -25698,7 +25698,7 @@ def run_replay(args: argparse.Namespace) -> int:
           f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
           f" s and {args.slo_token * 1000:g} ms a token, of the requests after the"
           f" first quarter of the time; the servers: {', '.join(one.name for one in servers)}")
-    rows = dict[str, Summary]()
+    rows = {}
     for policy, (split, given) in itertools.product(policies, variants.items()):
         name = f"{policy} {split}".rstrip()
         router = PolicyRouter(dataclasses.replace(given, policy=policy), random.Random(1))
@@ -25713,7 +25713,7 @@ def run_replay(args: argparse.Namespace) -> int:
 def replayed_fleet(
     args: argparse.Namespace, s: Settings
 ) -> tuple[list[ServerSettings], list[EngineKind]]:
-    servers, kinds = [] if args.fleet else list(s.servers), list[EngineKind]()
+    servers, kinds = [] if args.fleet else list(s.servers), []
     for server in servers:
         limit = server.max_concurrent_requests
         kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
@@ -25731,7 +25731,7 @@ def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
     there are too few servers."""
     if wanted is None:
         return {"": s}
-    count, variants = len(s.servers), dict[str, Settings]()
+    count, variants = len(s.servers), {}
     terms = s.disaggregation or (DisaggregationSettings(),)
 
     def add(name: str, roles: Iterable[str], terms: tuple[DisaggregationSettings, ...]) -> None:
@@ -27076,7 +27076,7 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
     """Time the tokens of a stream.  Returns None if it did not end in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}
-    begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
+    begun, came = clock_now().monotonic, []  # when, how many events
 
     def take(piece: bytes) -> None:
         if events := piece.count(b"data: {"):
@@ -27327,7 +27327,7 @@ class Pair(NamedTuple):
 
 def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Finding]]:
     """Pairs that cover each server for each of its models, and findings where there is none."""
-    pairs, findings = list[Pair](), list[Finding]()
+    pairs, findings = [], []
     roled = sorted({one.view.settings.role for one in sides} - {"both"})
     if roled and not s.disaggregation:
         findings.append(Finding(
@@ -27370,7 +27370,7 @@ def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side,
 def pair_findings(pair: Pair) -> list[Finding]:
     """On what two servers report about themselves and disagree on."""
     sides = pair.prefill, pair.decode
-    findings, (one, other) = list[Finding](), [side.view.name for side in sides]
+    findings, (one, other) = [], [side.view.name for side in sides]
     models = [(side.examined.models or {}).get(pair.model, {}) for side in sides]
     rows = [("version", [side.examined.version for side in sides],
              "run one vLLM on both: connectors take blocks from their own version only"),
@@ -27532,7 +27532,7 @@ async def try_pairs(
     known = {server.id: one for server, one in zip(servers, found) if one.usable}
     sides = [Side(view, known[view.server]) for view in fleet.views() if view.server in known]
     pairs, findings = pairs_of(s, sides)
-    rows, draw = list[tuple[str, list[Finding]]](), random.Random()
+    rows, draw = [], random.Random()
     for pair in pairs:
         # Engines that differ might crash.
         amiss, words = pair_findings(pair), "not tried because of this"
