@@ -11553,8 +11553,9 @@ class abandoned_if_gone:  # it reads as a sentence
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._client.on_gone = None
         if kind is asyncio.CancelledError and self._client.gone:
-            self._task.uncancel()  # type: ignore[union-attr]
-            raise self._client.departure() from None
+            others = self._task.uncancel()  # type: ignore[union-attr]
+            if not others:  # who end it, too, as a stop does
+                raise self._client.departure() from None
 
 
 # ══════════
@@ -15376,7 +15377,7 @@ class Balancer:
         if running:
             log.info("stopping: %d answers are still running", len(running))
         for seconds in (grace_s, timeout_s - grace_s):
-            if core.clients.tasks:
+            if core.clients.tasks and not self._stop_now.is_set():
                 await asyncio.wait(core.clients.tasks.values(), timeout=seconds)
             core.clients.end_idle(len(core.clients.idle))
             for wire, task in core.clients.tasks.items():

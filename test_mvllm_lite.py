@@ -9881,6 +9881,35 @@ async def test_when_the_client_leaves_the_server_s_connection_closes(said, expec
         assert await running.metric("mvllm_attempts_total", result="abandoned") == 1
 
 
+def leaves(client, task):
+    client.leave()
+
+
+def is_stopped(client, task):
+    task.cancel()
+
+
+@pytest.mark.parametrize("acts, ends", table(
+    ("the client leaves", [leaves], lite.PeerGone),
+    ("we stop", [is_stopped], asyncio.CancelledError),
+    ("it leaves, and we stop", [leaves, is_stopped], asyncio.CancelledError),
+    ("we stop, and it leaves", [is_stopped, leaves], asyncio.CancelledError),
+))
+@asynchronous
+async def test_a_request_that_is_ended_for_two_reasons_at_once_is_ended(acts, ends):
+    async def serve():
+        with lite.abandoned_if_gone(client):
+            await waits.wait()
+
+    client, waits = lite.Wire(Blame.CLIENT), asyncio.Event()
+    task = asyncio.create_task(serve())
+    await eventually(lambda: client.on_gone is not None, "it waits")
+    for act in acts:
+        act(client, task)
+    with pytest.raises(ends):
+        await task
+
+
 @asynchronous
 async def test_a_client_that_has_said_all_it_will_is_still_answered_locally():
     async with balancing(Server()) as running:
@@ -14125,6 +14154,14 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 # ============================================================================================
 #  front, following, handover and balancer: settings that change, and stopping
 # ============================================================================================
+
+
+@asynchronous
+async def test_a_second_stop_waits_for_nobody_who_comes_at_that_moment():
+    with socket.socket() as late:
+        async with balancing(Server(), head_timeout=90, drain_timeout=90) as running:
+            late.connect(("127.0.0.1", running.balancer.port))
+            late.send(b"POST ")  # and at once, the balancer is stopped twice
 
 
 @contextlib.asynccontextmanager
