@@ -15994,7 +15994,7 @@ def main(argv: list[str] | None = None) -> int:
 # Each name has at most one lookup under way, in a thread of its own, so that one which hangs delays
 # nothing.  After a failed one, the addresses known before stay in use.
 
-LOOKUP_LIMIT_S = 10.0  # a slower lookup counts as failed, although its end is still awaited
+LOOKUP_LIMIT_S = 10.0  # a slower lookup has failed; its end is awaited
 NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 Resolve = Callable[[str, socket.AddressFamily], Sequence[str]]  # in a thread; raises OSError
 FAMILIES = {0: (socket.AF_INET, socket.AF_INET6), 4: (socket.AF_INET,), 6: (socket.AF_INET6,)}
@@ -16055,7 +16055,7 @@ class NameFollower:
         hosts = dict[str, list[ServerSettings]]()
         for server in self._wanted.servers:
             hosts.setdefault(host_of(server.url), []).append(server)
-        self.define()  # drop entries that are no longer wanted, give known servers their new keys
+        self.define()  # without old entries, with new keys
         async with asyncio.TaskGroup() as group:
             for entry in self._wanted.entries:
                 group.create_task(self.follow(
@@ -16162,7 +16162,7 @@ class Pod(NamedTuple):
     uid: str
     name: str  # with its namespace
     address: str = ""
-    why_not: str = ""  # the reason not to use it
+    why_not: str = ""
     leaving: bool = False
     ports: tuple[tuple[str, int], ...] = ()  # those it declares: name, number
     port: int = 0  # used where the settings name none
@@ -16631,9 +16631,9 @@ def pem_at(document: Any, key: str) -> str:
 ACCOUNT_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 LIST_TIMEOUT_S = 30.0
 PAGE_LIMIT_BYTES = 64 * 1024 * 1024
-SILENCE_S = 30  # after the time at which the API should have ended a watch
-CREDENTIALS_S = 1.0  # between two looks at the credentials while there is trouble
-BRIEF_S = 1.0  # a watch that ends sooner and brought nothing is not restarted at once
+SILENCE_S = 30  # after the end of a watch is due
+CREDENTIALS_S = 1.0  # between two looks at them while there is trouble
+BRIEF_S = 1.0  # a watch that brings nothing and ends sooner has failed
 
 
 def cluster_of(
@@ -17126,7 +17126,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 REGISTRATIONS_LIMIT = 1000
 INSTANCES_LIMIT = 64  # of an agent
-TTL_S = 60.0  # where a registration names none; serverless_vllm's workers send one every 30 s
+TTL_S = 60.0  # by default; serverless_vllm's workers register every 30 s
 ZMQ_TTL_S = 5.0  # as in vLLM's proxies; its connectors send one every 3 s
 REGISTRANT = re.compile(r"[A-Za-z0-9][\w.:\[\]-]{0,99}", re.ASCII)
 INSTANCE = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})?", re.ASCII)
@@ -17164,7 +17164,7 @@ class Registration:
     registrar: Registrar
     said: Document  # its content, with our names for the keys
     servers: Mapping[str, ServerSettings]  # the server it is, or those it runs now, by id
-    url: str  # of the server; or what the URLs of an agent's servers begin with
+    url: str  # of the server; or the start of those of an agent's servers
     worker_url: str  # where the agent itself is reached
     placed: Mapping[str, tuple[str, str]]  # what its Placing returned for the hosts
     registered_at: float = 0.0
@@ -17671,7 +17671,7 @@ ZMQ_PEERS, ZMQ_PEERS_EACH = 256, 16  # connections: of all, of one address
 ZMQ_SERVERS_EACH = 64  # of one host
 ZMQ_PIECE_BYTES, ZMQ_PAUSE_S = 8192, 0.2  # read at once, and between two reads: 40 kB/s of a peer
 ZMQ_RETRY_S = 0.5  # between two tries to listen, while a predecessor still does
-ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings remembered so as not to be repeated; and for how long
+ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings remembered, and for how long
 
 
 class ZmqListener:
@@ -17831,7 +17831,7 @@ class LegShape(NamedTuple):
     unfit: str  # why it cannot be split, '' if it can
     logprobs: bool = False  # those of the prompt may be wanted
     completes: bool = False  # max_completion_tokens is set
-    sampling: Document = {}  # sampling_params
+    sampling: Document = {}
 
 
 def shape_of(path: str, content: Content) -> LegShape:
@@ -18233,6 +18233,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 # to a server that decodes.
 
 TRANSFERS_LIMIT = 2  # failed transfers, after which a request is served plainly
+Course = Generator[Any, Outcome, Outcome]  # steps that lead to an outcome
 PREFILL_FAILED = "prefill"  # `more` of an outcome that is the prefill leg's
 NO_PREFILL = "No prefill server can be asked now, and plain_fallback is off."
 
@@ -18397,7 +18398,7 @@ def two_legs(
     return failure if failure.fault else Outcome(Fault.NO_SERVER, NO_PREFILL), None
 
 
-def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcome]:
+def introduced(split: Split, ranking: Ranking) -> Course:
     """WELL once the connector knows what it needs of the prefill server; else why it does not."""
     server = ranking.asked
     if server is None or not split.connector.asks or split.memory.get(server.id) is not None:
@@ -18408,7 +18409,7 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
     return outcome
 
 
-def both_legs(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
+def both_legs(split: Split, leg: Leg, decode: Ranking) -> Course:
     """The outcome of the decode leg, sent with the prefill leg or after it; or the latter's, if it
     failed."""
     assert leg.shared is not None
@@ -18463,7 +18464,7 @@ def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
         yield from plain_plan(split)
 
 
-def replanned(plan: Plan, way: Callable[[Any], Generator[Any, Outcome, Outcome]]) -> Plan:
+def replanned(plan: Plan, way: Callable[[Any], Course]) -> Plan:
     """A plan whose steps are carried out in that way."""
     with contextlib.suppress(StopIteration):
         step = next(plan)
@@ -18477,7 +18478,7 @@ def resumed(split: Split, plan: Plan) -> Plan:
     return replanned(plan, functools.partial(resumed_step, split))
 
 
-def resumed_step(split: Split, step: Any) -> Generator[Any, Outcome, Outcome]:
+def resumed_step(split: Split, step: Any) -> Course:
     if not isinstance(step, Resume):
         return (yield step)
     relay, outcome, shared = step.relay, WELL, None
@@ -18499,7 +18500,7 @@ def unfit_plan(split: Split, otherwise: Plan) -> Plan:
 def plain_plan(split: Split) -> Plan:
     """Sends a request whole; its answer is rid of handles like those of split requests."""
 
-    def as_leg(step: Any) -> Generator[Any, Outcome, Outcome]:
+    def as_leg(step: Any) -> Course:
         return (yield Decode(Leg(*step, split)) if isinstance(step, Relay) else step)
 
     return replanned(resumed(split, relay_plan(split.request, split.plain)), as_leg)
@@ -18633,7 +18634,7 @@ class DecodeAttempt(Attempt):
         if self.leg.shared is not None:
             self.prefill = self.leg.shared.prefill.name
         self.refused = 0  # the status with which its server refused the handle
-        self.late = False  # the answer began when the blocks may be gone: it may be nonsense
+        self.late = False  # it may be nonsense, as the blocks may be gone
         self.shown = self.begun = False  # the engine is known to have begun with this leg
         self.sent_at, self.page_at = INFINITY, -INFINITY  # when the last page of metrics came,
         self.told: bool | None = None  # and whether all requests had begun by then
@@ -18754,7 +18755,7 @@ class DecodeAttempt(Attempt):
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
 
 
-EXPLAINED_PATH = "/v1/chat/completions"  # assumed for /explain, whose requests name no path
+EXPLAINED_PATH = "/v1/chat/completions"  # for /explain, whose requests name none
 
 
 class PrefillDecode:
@@ -18868,7 +18869,7 @@ class PrefillDecode:
             asking = self._asking[server.id] = asyncio.create_task(
                 ask_bootstrap(server.settings, terms.bootstrap_port))
             asking.add_done_callback(lambda _: self._asking.pop(server.id))
-        outcome = await asyncio.shield(asking)  # one that leaves does not end it for the others
+        outcome = await asyncio.shield(asking)  # one that leaves ends it for nobody
         if outcome.fault is not None:
             self.legs.add("prefill", server.id, "unknown_engine")
         return outcome
@@ -18922,7 +18923,7 @@ async def prefill(x: Exchange, step: Prefill) -> Outcome:
     place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
     if step.leg.server not in step.leg.split.memory:
         step.leg.split.planner.forget_gone()
-    until = None  # half of resume_within is left for a server that continues alone
+    until = None  # half of resume_within is for one that continues alone
     if step.leg.split.way is not None and x.stream is not None:
         until = x.stream.broken_at + x.settings.resume_within / 2
     try:
@@ -19045,7 +19046,7 @@ TRANSITIONS: dict[tuple[Phase, Turn], Phase] = {
     **{(phase, Turn.ENDED): Phase.FAILED for phase in LIVING if phase is not Phase.SLEEPING},
 }
 RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, INFINITY)  # after the n-th end in a row; it is given up
-STEADY_S = 60.0  # an instance that ran for longer ends for the first time in a row
+STEADY_S = 60.0  # after a longer run, an end is the first in a row
 LIFE_COUNTS = ("starts", "wakes", "failures", "ready_s", "wake_s", "slept_s")  # are reported
 
 
@@ -19349,8 +19350,8 @@ def matches(name: str, pattern: str) -> bool:
 # Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
 # with all it may take from the moment it is placed, a sleeping one with what it still holds.
 
-MIN_STAY_S = 2.0  # an instance that has come up stays so long, whoever wants its place
-TURN_S = 15.0  # after so long, other models' waiting requests get a place that is in use
+MIN_STAY_S = 2.0  # for which one that came up stays, whoever wants its place
+TURN_S = 15.0  # after which others' waiting requests get a place in use
 
 
 class Seat(NamedTuple):
@@ -19570,7 +19571,7 @@ def place_on(
 
 
 OUTDATED = "its settings have changed"
-RENEWED_IDLE_S = 10.0  # what was idle for so long is not replaced before it is asked for
+RENEWED_IDLE_S = 10.0  # idle for so long, it is replaced only when asked for
 
 
 def wanted_replicas(model: ModelSettings, running: int, demand: Demand, asked: bool) -> int:
@@ -19810,9 +19811,9 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 INSTANCE_ENV = "MVLLM_LITE_INSTANCE"  # marks our processes, for a successor too
 OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", READY_ENV,
               SOCKETS_ENV, OPERATOR_SOCKETS_ENV, BY_HAND_ENV)
-OUTPUT_BYTES = 256 * 1024  # of a child's output to keep; up to twice as many between two trims
+OUTPUT_BYTES = 256 * 1024  # of a child's output, at least
 REASON_LINES = 5  # of output in the reason for an end
-KILLED_S = 5.0  # for which to wait until a killed group is gone
+KILLED_S = 5.0  # for a killed group to be gone
 ENDS_LOOK_S = 0.2  # between two looks, if the system does not report ends
 
 
@@ -20055,12 +20056,12 @@ def free_port(taken: Collection[int]) -> int:
 #
 # A process of one model listens on the loopback alone; others reach it through its agent.
 
-READY_LOOK_S = 0.1  # between two looks whether a starting instance is ready
+READY_LOOK_S = 0.1
 TEND_S = 1.0  # between two looks at a running one
 PORT_TRIES = 3
-STOP_S = 10.0  # for which a stopping instance has time, before it is killed
+STOP_S = 10.0  # for an instance to stop, before it is killed
 SLEEP_CALL_S = 120.0  # for /sleep and /wake_up
-SLEEPER_GB = 1.0  # of each device that a sleeping instance holds, if that is unknown
+SLEEPER_GB = 1.0  # held of each device asleep, if that is unknown
 PORT_TAKEN = "address already in use"
 LOADED = re.compile(r"[Ll]oading (?:weights|model) took ([\d.]+) Gi?B")
 # Of an instance that a successor takes over, beside what its life counts.
@@ -20109,7 +20110,7 @@ class Instance:
         self.port, self.level, self.command = 0, 0, list[str]()
         self.created_at, self.digest = time.time(), ""
         self.trouble = ""  # why one that starts is not ready
-        self.sleepless = False  # it has refused to sleep
+        self.sleepless = False
         self.said = dict[str, Any]()  # the model as registered, without its profile's additions
         self.task: asyncio.Task[None] | None = None
         self.busy = asyncio.Lock()  # held while it is put to sleep or woken
@@ -20506,13 +20507,13 @@ class Agent:
 # This machine and those with an agent of their own have the same methods.
 
 LOOK_AT_POOL_S = 0.25
-AGENT_LOOK_S = 0.5  # between two looks at an agent
-AGENTS_RETURN_S = 10.0  # after a start, for which known but silent agents delay placement
+AGENT_LOOK_S = 0.5
+AGENTS_RETURN_S = 10.0  # for which silent agents of a predecessor delay placement
 DEVICES_S = 5.0  # between two looks at the GPUs
-STUCK_S = 1.0  # after which a running instance that should get requests, and does not, is checked
-POOL_HEARTBEAT_S = 10.0  # between comments to a client that waits for a model; default
-START_GUESS_S = 30.0  # for a model that was never started to be ready
-WAKES_LIMIT = 3  # wakes for one request, as its model may end again and again
+STUCK_S = 1.0  # after which an instance that gets no requests, and should, is checked
+POOL_HEARTBEAT_S = 10.0  # between comments to a waiting client; default
+START_GUESS_S = 30.0  # for a start, until there was one
+WAKES_LIMIT = 3  # for one request, as its model may end each time
 # Faults after which the model may answer, once it has been started anew.
 WAKE_AFTER = frozenset((
     Fault.NO_SERVER, Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.SERVER_GONE,
@@ -21297,7 +21298,7 @@ class ModelPool(Holdings):
 # them.  If it does not answer, running instances still get requests.
 
 
-MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
+MANAGER_LOOK_S = 0.5
 
 
 class FollowedPool(ModelPool):
@@ -21731,7 +21732,7 @@ ENDPOINTS |= operated(Kind.ADMIN, {
     "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
     "/unload": {"POST": unload_models},
 }) | operated(Kind.STATUS, {"/running": {"GET": running_report}})
-LOG_LOOK_S = 0.3  # between two looks at the output of a process
+LOG_LOOK_S = 0.3
 
 
 @endpoint("/logs/{alias}", kind=Kind.ADMIN)
@@ -22062,8 +22063,8 @@ class Ui(NamedTuple):
 
     mode: Mode = Mode.LIST
     selected: str = ""  # the URL of a server, since rows move when they are sorted
-    scroll: int = 0  # rows of the list that are above the screen
-    lines_up: int = 0  # lines of a detail, a view or the help that are above the screen
+    scroll: int = 0  # rows above the screen
+    lines_up: int = 0  # the same of a detail, a view or the help
     page: int = 10  # rows shown at once
     sort: str = "trouble"
     view: str = ""  # one of VIEWS, in Mode.VIEW
@@ -22073,8 +22074,8 @@ class Ui(NamedTuple):
     asked: Action | None = None  # the action that waits for y or n
     question: str = ""
     paused: bool = False
-    note: str = ""  # what the last key did; shown until the next key
-    remote: bool = False  # the balancer is another process, which does not stop on quit
+    note: str = ""  # what the last key did, until the next
+    remote: bool = False  # a balancer that does not stop on quit
 
 
 # Text.  Terminals count cells: two for wide characters, none for combining ones.
@@ -22426,10 +22427,10 @@ COLUMNS = (
     Column("LOAD", lambda s: sparkline(s["history"] or ()), True, lambda s: Style.BAR, 60,
            rank=10, least=8),
 )
-MARK_CELLS = 2  # cells before a name, for the marks of the selection and of the state
+MARK_CELLS = 2  # before a name, for the marks of selection and state
 
 
-Widths = list[tuple[Column, int]]  # the columns on the screen, each with its cells
+Widths = list[tuple[Column, int]]  # those on the screen, in cells
 
 
 def places(servers: Sequence[Document], left: int) -> Widths:
@@ -22778,13 +22779,13 @@ def event_lines(status: Document, rows: int, width: int) -> list[Line]:
 
 
 class Frame(NamedTuple):
-    """The division of the list screen's rows among its parts."""
+    """The list screen's parts: the lines at its top, and how many rows the others have."""
 
     top: list[Line]
-    table: int  # rows for servers
+    table: int
     reasons: bool  # reasons have lines of their own
-    graphs: int  # rows for graphs
-    events: int  # rows for events
+    graphs: int
+    events: int
 
 
 def frame(status: Document, ui: Ui, size: Size) -> Frame:
@@ -23110,10 +23111,10 @@ def key_of(sent: str) -> str:
 # while a terminal (a dead ssh, a stopped one) accepts no output.  It reads statuses and notes from
 # a socket, and writes what keys ask for to it, as lines of JSON; it ends when the socket is closed.
 
-TICK_S = 0.1  # between checks of the terminal's size and foreground
-ESCAPE_MS = 50  # after which an Esc is the key itself, not the start of a sequence
+TICK_S = 0.1  # between checks of the terminal
+ESCAPE_MS = 50  # after which an Esc is the key itself
 NOT_TERMINALS = ("", "unknown", "network", "emacs")
-LIKELY = ("xterm-256color", "xterm", "vt100")  # tried for a terminal that terminfo does not know
+LIKELY = ("xterm-256color", "xterm", "vt100")  # tried if terminfo does not know it
 TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons search nowhere
 LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # terminfo's names; clear if there is no rmcup
 
@@ -23345,7 +23346,7 @@ class CursesScreen:
 # In this process, the screen takes the place of log lines.
 
 SCREEN_S = 0.5  # between two statuses
-UNANSWERED_LIMIT = 20  # in a row; the program then counts as hung, perhaps with its terminal
+UNANSWERED_LIMIT = 20  # in a row, after which the program counts as hung
 FAREWELL_S = 1.0  # for the program to end by itself
 CANCEL = b"\x18"  # ends an unfinished escape sequence
 
@@ -23358,8 +23359,8 @@ class ScreenProcess:
         """Start it, in a task.  `act` gets the actions that keys ask for; `hold`, whether it has
         the terminal to itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
-        self.why = ""  # the reason for the process's end
-        self.leave = b""  # restores a terminal that the process could not
+        self.why = ""  # it has ended
+        self.leave = b""  # restores the terminal
         self.unanswered = 0
         self.closing = False
         self.writer: asyncio.StreamWriter | None = None
@@ -23441,8 +23442,8 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
             os.write(terminal, leave)
 
 
-TOP_TIMEOUT_S = 10.0  # for a remote balancer, which may have to probe a server
-MODEL_TIMEOUT_S = 600.0  # for one that may have to start a model, or wait for its last answers
+TOP_TIMEOUT_S = 10.0  # a remote balancer may have to probe a server,
+MODEL_TIMEOUT_S = 600.0  # or to start a model, or wait for its last answers
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
@@ -24852,7 +24853,7 @@ class Arrival(NamedTuple):
     at_s: float  # since the first
     prompt_tokens: int
     output_tokens: int
-    prefix_hashes: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
+    prefix_hashes: tuple[int, ...] = ()  # of ever longer starts of the prompt
     hash_ends: Sequence[int] = ()  # tokens up to each link's end; may be longer than the chain
     model: str | None = None
     session: str = ""
@@ -24979,7 +24980,7 @@ class MadeUp(NamedTuple):
     rate: float  # requests per second
     asked: tuple[float, float, float]  # tokens of a question: median, sigma of log, maximum
     answered: tuple[float, float, float]
-    shared: tuple[int, ...] = ()  # tokens of each common beginning of prompts, most common first
+    shared: tuple[int, ...] = ()  # tokens of common beginnings, the most common first
     turns: float = 1.0  # mean number in a conversation
     think_s: float = 12.0  # mean time between turns
 
@@ -25159,7 +25160,7 @@ class Engine:
         self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
         self.waiting = deque[Job]()
         self.running: dict[int, Job] = {}  # by number, the oldest first
-        self.reading: dict[int, Job] = {}  # of these, the ones that still compute their prompt
+        self.reading: dict[int, Job] = {}  # of these, those that compute their prompt
         self.ends_s = INFINITY  # the stretch's end; infinite while idle
         self.preemptions = 0
         self._clock = 0  # steps that have ended
@@ -25355,7 +25356,7 @@ class Engine:
 
 NETWORK_S = 0.002  # one way, including the balancer
 TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 10 GB/s
-PATIENCE_S = 60.0  # how long a router may hold requests while none is in flight
+PATIENCE_S = 60.0  # for which requests are held while none is in flight
 
 
 class PolicyRouter:
