@@ -17148,8 +17148,6 @@ class Registrar(Enum):
     KEY = "key"  # the registration key
     ADMIN = "admin"  # an admin's key; without keys, a peer on this machine
 
-    __hash__ = object.__hash__  # as Fault's
-
 
 # From a URL's host to the host that is meant, and the address to connect to ('': the host itself).
 # Raises ValueError with what was expected.
@@ -17285,11 +17283,11 @@ def parse_registration(said: Document, registrar: Registrar, place: Placing) -> 
             host = said[key].rpartition(":")[0].strip("[]").lower()
             placed[host] = place(host)
     except ValueError as expected:
-        raise wrong(key, said[key], expected) from None
+        raise misregistered(key, said[key], expected) from None
     is_agent = "gpu_info" in said or "instances" in said
     order = (*URL_KEYS[is_agent:], *URL_KEYS[:is_agent])
     if (url := next((urls[key] for key in order if key in urls), "")) == "":
-        raise wrong("url", None, "the URL that it is reached at")
+        raise misregistered("url", None, "the URL that it is reached at")
     running = [(f"{url}/proxy/{alias}", one) for alias, one in said.get("instances", {}).items()
                if str(one.get("status")).lower() == "running"] if is_agent else [(url, said)]
     servers = {id: registered_server(id, one, placed) for id, one in running}
@@ -17297,7 +17295,7 @@ def parse_registration(said: Document, registrar: Registrar, place: Placing) -> 
     return Registration(id, registrar, said, servers, url, urls.get("worker_url", url), placed)
 
 
-def wrong(key: str, found: Any, expected: object) -> SettingsError:
+def misregistered(key: str, found: Any, expected: object) -> SettingsError:
     what = "nothing" if found is None else shown(str(found))
     return SettingsError([Complaint("registration", 0, key, f"found {what}, expected {expected}")])
 
@@ -17512,7 +17510,7 @@ def check_may_change(asked: Asked, one: Registration | None) -> None:
 async def register(core: Core, asked: Asked) -> dict[str, Any]:
     """a server or an agent registers, or registers again"""
     if not (said := read_members(asked.content, None)):
-        raise wrong("", None, 'JSON like {"url": "http://10.0.0.1:8000"}')
+        raise misregistered("", None, 'JSON like {"url": "http://10.0.0.1:8000"}')
     place, registrations = (await peer_of(asked, said)).place, Registrations.of(core)
     registrar = Registrar.KEY if asked.visit and asked.visit.registers else Registrar.ADMIN
     new = parse_registration(said, registrar, place)
@@ -18055,8 +18053,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
 # vLLM reach the other.  One of vLLM's connectors moves them; each has a small class here.
 #
-# To add a connector: a class with @connector("name"), its name in CONNECTOR_NAMES.  MoRI-IO would
-# fit servers that register with a transfer_mode: READ like NIXL's pull, WRITE with legs at once.
+# To add a connector: a class with @connector("name"), its name in CONNECTOR_NAMES.
 
 MOONCAKE_PORT = 8998
 
@@ -18919,7 +18916,7 @@ def with_lease(x: Exchange, leg: Leg) -> Leg:
     return leg._replace(lease=lease)
 
 
-async def prefill(x: Exchange, step: Prefill) -> Outcome:
+async def carry_prefill(x: Exchange, step: Prefill) -> Outcome:
     place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
     if step.leg.server not in step.leg.split.memory:
         step.leg.split.planner.forget_gone()
@@ -18939,14 +18936,14 @@ async def prefill(x: Exchange, step: Prefill) -> Outcome:
             x.end_lease(place)
 
 
-async def decode(x: Exchange, step: Decode) -> Outcome:
+async def carry_decode(x: Exchange, step: Decode) -> Outcome:
     leg = step.leg
     if leg.shared is not None:
         return await carry_leg(x, leg, "decode")
     return await x.relay(leg, leg.way, DecodeAttempt)  # type: ignore[arg-type]
 
 
-async def both(x: Exchange, step: Both) -> Outcome:
+async def carry_both(x: Exchange, step: Both) -> Outcome:
     """If one leg fails the other ends, as it would wait in vain."""
     leg = step.decode
     leg = leg._replace(lease=leg.lease or x.lease(leg.server, "decode"))
@@ -18987,7 +18984,7 @@ async def note_plain(x: Exchange, step: Plainly) -> Outcome:
 PLANS["prefill_decode"] = Planning(operator.attrgetter("disaggregation"), PrefillDecode)
 Exchange.CARRY_OUT |= {
     Learn: lambda x, step: step.split.planner.learn(step.server, step.split.terms),
-    Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
+    Prefill: carry_prefill, Decode: carry_decode, Both: carry_both, Plainly: note_plain}
 
 
 # ━━━ part XIII: models ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -19010,8 +19007,6 @@ class Phase(Enum):
     STOPPING = "stopping"
     FAILED = "failed"
 
-    __hash__ = object.__hash__  # as Fault's
-
 
 class Turn(Enum):
     LAUNCH = "is launched"
@@ -19023,8 +19018,6 @@ class Turn(Enum):
     STOP = "is to stop"
     GONE = "nothing of it is left"
     ENDED = "ended by itself"
-
-    __hash__ = object.__hash__  # as Fault's
 
 
 LIVING = (Phase.STARTING, Phase.RUNNING, Phase.FALLING_ASLEEP, Phase.SLEEPING, Phase.WAKING)
@@ -20667,6 +20660,9 @@ class ManagedHost:
         if instance["aliased"] or (theirs and not ours):
             return ServerSettings(self.manager, like=MANAGER)
         return ServerSettings(url, api_key=self._key if "/proxy/" in url else "")
+
+    async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
+        raise LookupError(f"The output of {name} is at {self.manager}/logs/{name}.")
 
 
 Host = LocalHost | RemoteHost | ManagedHost
@@ -23446,6 +23442,12 @@ TOP_TIMEOUT_S = 10.0  # a remote balancer may have to probe a server,
 MODEL_TIMEOUT_S = 600.0  # or to start a model, or wait for its last answers
 
 
+async def end_tasks(tasks: Collection[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
     """Feed a screen from a remote balancer, and pass on what keys ask for, until it ends."""
     reader, writer = await asyncio.open_connection(sock=sock)
@@ -23471,9 +23473,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
     while line := await reader.readline():
         if verb := (said := json.loads(line)).get("verb"):
             tasks.add(asyncio.ensure_future(act(verb, said["url"])))
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)  # their connections are closed
+    await end_tasks(tasks)  # whose connections are then closed
     writer.close()
 
 
@@ -23609,7 +23609,8 @@ a { color: var(--accent) } #headline { font-size: 1.3rem; font-weight: 650; marg
   white-space: pre-wrap } .old #data { filter: grayscale(1) }
 #totals { display: grid; grid-template-columns: repeat(9, 1fr); gap: .5rem; margin: .7rem 0;
   white-space: nowrap }
-#totals div, #events { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .7rem }
+#totals div, #events, #graphs figure { border: 1px solid var(--line); border-radius: .4rem;
+  padding: .4rem .7rem }
 #totals div, .rest { background: var(--card) } #totals dd { font-size: 1.3rem; font-weight: 650 }
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .45rem; text-align: left; vertical-align: top }
@@ -23632,8 +23633,8 @@ button, input, select { font: inherit; color: inherit; background: var(--bg); pa
   border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
 button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 #graphs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem;
-  margin: .7rem 0 } #graphs figure { border: 1px solid var(--line); border-radius: .4rem;
-  padding: .3rem .6rem; display: flex; flex-direction: column; justify-content: space-between }
+  margin: .7rem 0 }
+#graphs figure { display: flex; flex-direction: column; justify-content: space-between }
 #graphs svg { width: 100%; height: 2.6rem } #views { margin-bottom: .5rem }
 figcaption { color: var(--muted); font-size: .82rem } figcaption b { color: var(--text) }
 th button { font: inherit; border: 0; padding: 0; background: none; text-align: left }
@@ -24214,10 +24215,13 @@ TABLE_MEANINGS = {
     "keys": "tables [[keys]]: who may come in; without any, everybody",
     "kubernetes": "tables [[kubernetes]]: pods that are servers, and the keys of these",
     "disaggregation": "tables [[disaggregation]]: some servers read prompts for others",
-    "aliases": "other names for models: the name that clients use, and the model it means",
+    "aliases": "a name that clients may use, and the model that it means; it hides a model of its"
+               " name",
     "policies": "another policy for one model, by its name",
-    "pools": "the share of requests, in percent, for the servers with that `pool`",
     "resumes": "another `resume` for one model, by its name",
+    "pools": "what share of requests, in percent, goes to the servers with this `pool`, as long as"
+             " one of them can be asked; the others share the rest, and get none with 0; sessions"
+             " stay together",
     "models": "tables [[models]]: models that are started, slept, woken and stopped on demand",
     "profiles": "tables [[profiles]]: how models registered over HTTP may be launched here",
     "devices": "memory_gb = [80, 80]: the GPUs, where they are not detected, or to use less",
@@ -24432,31 +24436,10 @@ EXAMPLE_START = """\
 [servers]
 servers = [
 """
-EXAMPLE_TABLES = """\
-    { url = "http://10.0.0.1:8000", max_concurrent_requests = 16 },
-    { url = "http://10.0.0.2:8000", max_concurrent_requests = 8 },
-]
-
-[aliases]
-# A name that clients may use, and the model that it means.  An alias hides a model of its name.
-# gpt-4o = "Qwen/Qwen3-32B"
-
-[policies]
-# Another policy for one model.
-# "Qwen/Qwen3-Embedding-4B" = "least"
-
-[resumes]
-# Another `resume` for one model.
-# "Qwen/Qwen3-32B" = "continue"
-
-[pools]
-# What share of requests, in percent, goes to the servers with this `pool`, as long as one of them
-# can be asked; the others share the rest.  With 0 they get none at all.  Sessions stay together.
-# canary = 20
-
-[config]
-# Times are in seconds, paths relative to this file.
-"""
+EXAMPLE_ENTRIES = {
+    "aliases": 'gpt-4o = "Qwen/Qwen3-32B"', "policies": '"Qwen/Qwen3-Embedding-4B" = "least"',
+    "resumes": '"Qwen/Qwen3-32B" = "continue"', "pools": "canary = 20",
+}
 
 
 @topic("example", "a settings file with every key, its default and its meaning, to start from")
@@ -24469,12 +24452,19 @@ def example_topic() -> str:
              "    # dns: in its place; each address of the name in this URL is a server"]
     lines += [line.replace(" " * 8, "    #   ", 1) if line.startswith(" " * 8) else line
               for line in table_lines(rows)]
-    lines.append(EXAMPLE_TABLES.rstrip("\n"))
+
+    def comment(text: str) -> list[str]:
+        return textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="#   ")
+
+    lines += ['    { url = "http://10.0.0.1:8000", max_concurrent_requests = 16 },',
+              '    { url = "http://10.0.0.2:8000", max_concurrent_requests = 8 },', "]"]
+    for name, entry in EXAMPLE_ENTRIES.items():
+        lines += ["", f"[{name}]", *comment(TABLE_MEANINGS[name]), f"# {entry}"]
+    lines += ["", "[config]", "# Times are in seconds, paths relative to this file."]
     for key, field in CONFIG_FIELDS.items():
         if heading := EXAMPLE_HEADINGS.get(key):
             lines += ["", f"# ── {heading} " + "─" * (94 - len(heading))]
-        lines += textwrap.wrap(setting_meaning(field), 98, initial_indent="# ",
-                               subsequent_indent="#   ")
+        lines += comment(setting_meaning(field))
         if key == "policy":
             lines += ["#   " + line for line in table_lines(policy_meanings(), 96)]
         lines.append(f"# {key} = {toml_word(field.default)}")
@@ -26299,7 +26289,7 @@ def tokenized(wanted: Document, id: str, model: str) -> dict[str, Any]:
             "token_strs": pieces if wanted.get("return_token_strs") else None}
 
 
-def counted(wanted: Document, id: str, model: str) -> dict[str, Any]:
+def count_tokens(wanted: Document, id: str, model: str) -> dict[str, Any]:
     tokens = tokenized(wanted, id, model)["count"]
     return {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
 
@@ -26307,7 +26297,7 @@ def counted(wanted: Document, id: str, model: str) -> dict[str, Any]:
 # Paths for POST that generate no text: functions of (content, id, model) that return the answer.
 REPLIES: dict[str, Callable[[Document, str, str], Any]] = {
     "/v1/embeddings": embeddings, "/v1/rerank": reranked, "/rerank": reranked,
-    "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": counted,
+    "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": count_tokens,
     "/detokenize": detokenized,
 }
 
@@ -26332,7 +26322,7 @@ class Simulated(NamedTuple):
 
 
 TRANSFER_TOKEN_S = 2e-6  # to move a token's blocks between servers
-WRONG_WORDS = " blocks that were someone else's".split(" ")[1:]
+WRONG_WORDS = "blocks that were someone else's".split()
 
 
 class SimulatedBlocks:
@@ -26403,9 +26393,7 @@ class SimulatedServer:
     async def __aexit__(self, *_: object) -> None:
         """Stop as kill -9 would: unfinished answers break off."""
         self._listener.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(task := asyncio.current_task())
@@ -26866,9 +26854,7 @@ async def demo_traffic(
                 running.add(task := asyncio.create_task(asking))
                 task.add_done_callback(running.discard)
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await end_tasks(running)
 
 
 async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) -> None:
@@ -26887,9 +26873,7 @@ async def run_beside(works: Iterable[Coroutine[Any, Any, None]], running: Awaita
     try:
         await running
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
 
 
 async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:

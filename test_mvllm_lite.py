@@ -20184,6 +20184,12 @@ def test_where_an_instance_of_a_manager_s_pool_is_asked(worker_url, manager, ali
     assert (found.url, found.api_key or found.like) == address
 
 
+def test_the_output_of_a_manager_s_instance_is_shown_by_the_manager():
+    host = lite.ManagedHost("g1", "http://lb:8888", "k3y")
+    with pytest.raises(LookupError, match="is at http://lb:8888/logs/g1-qwen"):
+        asyncio.run(host.output_from("g1-qwen", 0))
+
+
 @pytest.mark.parametrize("key", ("worker_key", "registration_key", "worker_key_file",
                                  "registration_address"))
 def test_servers_that_register_need_no_list_of_servers(key):
