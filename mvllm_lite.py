@@ -202,7 +202,6 @@ is retried.
 
 # ══════════
 #  0  front matter
-# ══════════
 
 from __future__ import annotations
 
@@ -314,12 +313,11 @@ INFINITY = math.inf
 log = logging.getLogger("mvllm_lite")
 
 
-# ━━━ part I: HTTP ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part I: HTTP ━━━
 
 
 # ══════════
 #  1  faults
-# ══════════
 #
 # Failure is data.  Whatever can go wrong with a request is a row of `Fault`; no other room
 # decides about statuses, blame or retries with an `if` of its own.  Two exceptions carry a fault
@@ -520,7 +518,6 @@ class Stale(PeerGone):
 
 # ══════════
 #  2  heads
-# ══════════
 #
 # RFC 9110 and RFC 9112 for a gateway.  A head is parsed from bytes to a frozen value, and written
 # as bytes again.  Heads are decoded as latin-1, which keeps every byte.  Where the RFCs leave a
@@ -834,7 +831,6 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 
 # ══════════
 #  3  proxy header
-# ══════════
 #
 # The PROXY protocol as HAProxy defines it: a proxy that forwards connections, not messages, begins
 # each with the address of its client.
@@ -900,7 +896,6 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
 
 # ══════════
 #  4  framing
-# ══════════
 #
 # Where a message's content ends, RFC 9112 §6 and §7: after its length, with the last chunk, or with
 # the connection.
@@ -1095,7 +1090,6 @@ def encode_chunk(content: bytes) -> bytes:
 
 # ══════════
 #  5  forwarding
-# ══════════
 #
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields it keeps and
 # replaces, how the next hop finds the content's end.  And the balancer's own responses.
@@ -1293,7 +1287,6 @@ def cors_fields(
 
 # ══════════
 #  6  exposition
-# ══════════
 #
 # The Prometheus text format 0.0.4, in both directions.  Each server's 50 to 80 kB are read twice a
 # second, so reading looks only at the metrics it was asked for.
@@ -1472,12 +1465,11 @@ def expose(families: Iterable[Family]) -> str:
     return "".join(out)
 
 
-# ━━━ part II: settings ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part II: settings ━━━
 
 
 # ══════════
 #  7  checks
-# ══════════
 #
 # What a value in the settings may be.  A check returns the clean value, or raises ValueError with
 # what was expected.  One of them is a formula, compiled from a small part of Python's expressions.
@@ -1794,7 +1786,6 @@ def formula(value: Any) -> str:
 
 # ══════════
 #  8  pool settings
-# ══════════
 #
 # What a settings file says about models that run here or at agents, and how they are launched.
 
@@ -1938,7 +1929,6 @@ def command_warnings(entry: ModelSettings | ProfileSettings) -> Iterator[tuple[s
 
 # ══════════
 #  9  entries
-# ══════════
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
 # file, the environment, the command line and servers.example.toml follow from it.
@@ -2107,7 +2097,6 @@ class DisaggregationSettings:
 
 # ══════════
 #  10  settings
-# ══════════
 #
 # Everything that can be set.  Which settings a service needs stands here, too.
 
@@ -2399,7 +2388,6 @@ def current_name(key: str) -> str:
 
 # ══════════
 #  11  complaints
-# ══════════
 #
 # What is wrong with settings, in words: where it is, what was found, and what was expected.
 
@@ -2491,7 +2479,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 # ══════════
 #  12  settings file
-# ══════════
 #
 # From a TOML document to settings.  A file with a mistake is not used at all: everything wrong in
 # it is gathered, located and reported at once.
@@ -2815,12 +2802,11 @@ def line_of(toml: str, path: Path) -> int:
     return toml.count("\n", 0, at) + 1 if at or found or entries else 0
 
 
-# ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part III: vLLM ━━━
 
 
 # ══════════
 #  13  content
-# ══════════
 #
 # JSON, as far as a balancer must read it: where the members that matter stand.  Compression is
 # undone; otherwise only the value of `model` is ever rewritten.
@@ -3135,7 +3121,6 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 # ══════════
 #  14  forms
-# ══════════
 #
 # multipart/form-data, as far as a balancer must read it: the model that one of its parts names.  A
 # form that two readers may read differently is refused.  And how a model's name is replaced.
@@ -3285,7 +3270,6 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 # ══════════
 #  15  prompts
-# ══════════
 #
 # A prompt's approximate length, and hashes of ever longer starts of it, found without understanding
 # it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models that from the
@@ -3488,7 +3472,6 @@ class PrefixCache:
 
 # ══════════
 #  16  calls
-# ══════════
 #
 # Requests, as far as a balancer must understand them: whether a path is one of inference, which
 # model a request is for, and which session it belongs to.
@@ -3739,7 +3722,6 @@ def destination_of(path: str) -> Destination:
 
 # ══════════
 #  17  dialect
-# ══════════
 #
 # vLLM's answers, as far as a balancer must understand them: when a stream has begun, whether it
 # ended well, which failure an error means; and errors of our own in vLLM's form.
@@ -4082,7 +4064,6 @@ def error_event(body: bytes, path: str) -> bytes:
 
 # ══════════
 #  18  judge
-# ══════════
 #
 # An answer is judged piece by piece as it arrives: is it good, or a failure that another server may
 # avoid?  Tokens are read from its end, a response's id from its start.
@@ -4324,7 +4305,6 @@ def common_start(one: bytes, other: bytes) -> int:
 
 # ══════════
 #  19  transcripts
-# ══════════
 #
 # The part of a stream that the client has been shown, kept so that another server can continue it
 # when the first is lost.  A Transcript keeps whole events, in few bytes: nearly all events of a
@@ -4513,7 +4493,6 @@ class Transcript:
 
 # ══════════
 #  20  shown parts
-# ══════════
 #
 # The parts of a stream's events, which tell whether another answer repeats what was shown.
 
@@ -4687,7 +4666,6 @@ def whole_characters(text: str) -> str:
 
 # ══════════
 #  21  resumption
-# ══════════
 #
 # Whether another server can continue a stream, by what was asked for and shown; and a Join, which
 # compares the new answer with what was shown, leaves that out, and keeps the stream's ids.  No
@@ -5037,7 +5015,6 @@ def with_seed(content: Content, seed: int) -> bytes:
 
 # ══════════
 #  22  engine load
-# ══════════
 #
 # A server's reports about itself: its load, in its /metrics, and its models, in /v1/models.
 
@@ -5211,12 +5188,11 @@ def is_plain(value: Any, depth: int) -> bool:
     return not isinstance(value, (int, float)) or abs(value) < PLAUSIBLE_LIMIT  # so no NaN
 
 
-# ━━━ part IV: fleet ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part IV: fleet ━━━
 
 
 # ══════════
 #  23  health
-# ══════════
 #
 # Whether a server can be asked, judged by checks and by how requests fared.  Each judgement makes a
 # new frozen Health.
@@ -5437,7 +5413,6 @@ class Health(NamedTuple):
 
 # ══════════
 #  24  pace
-# ══════════
 #
 # Our requests at a server, counted in place, and its speed, learned in place as two figures: the
 # time of a step, in which its engine makes one token of each answer, without other work; and the
@@ -5645,7 +5620,6 @@ class AnswerLengths:
 
 # ══════════
 #  25  servers
-# ══════════
 #
 # What is known about a server: settings, health, last report, what was learned.  One frozen view
 # holds it all and is replaced only on news; our own requests are counted apart, in place.  A server
@@ -5996,7 +5970,6 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 # ══════════
 #  26  learning
-# ══════════
 #
 # What reports teach about a server, besides its pace: its present time per output token, its
 # capacity, and the share of the expected tokens that it really finds in its cache.
@@ -6125,7 +6098,6 @@ def learned_after(
 
 # ══════════
 #  27  leases
-# ══════════
 #
 # What a request counts for while it is at a server, and what is learned from its answer.
 
@@ -6245,7 +6217,6 @@ class Lease:
 
 # ══════════
 #  28  fleet
-# ══════════
 #
 # The servers, and our requests at them.  The fleet holds the newest view of each server and
 # replaces it on news.  Everything is kept by id, so it survives a reload of the settings.
@@ -6504,7 +6475,6 @@ def build_of(view: ServerView, model: str | None) -> tuple[str, ...]:
 
 # ══════════
 #  29  roster
-# ══════════
 #
 # Which servers there are.  Each source defines servers, and one pure rule merges them into one
 # list.  What is known about a server is kept elsewhere, by its id here.
@@ -6690,7 +6660,6 @@ class Roster:
 
 # ══════════
 #  30  estimates
-# ══════════
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and for the
 # requests that wait while its prompt is read.  With a step's seconds s and a prompt token's r
@@ -6908,7 +6877,6 @@ def estimate_of(row: tuple[Any, ...]) -> Estimate:
 
 # ══════════
 #  31  policies
-# ══════════
 #
 # What a call costs at each server.  A policy sees the Eligible: the servers that may be asked, our
 # exact counts of them, and what each has probably cached.  It gives each a cost; the server with
@@ -7252,7 +7220,6 @@ class Expression(Formula):
 
 # ══════════
 #  32  ranking
-# ══════════
 #
 # Which servers may be asked, which one is, and why.  Some servers are excluded, each for a reason;
 # among the rest a pool is drawn, servers with the adapter loaded come first, then the lowest tier;
@@ -7596,12 +7563,11 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
                    having[at])
 
 
-# ━━━ part V: answering ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part V: answering ━━━
 
 
 # ══════════
 #  33  queue
-# ══════════
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
 
@@ -7723,7 +7689,6 @@ class WaitQueue:
 
 # ══════════
 #  34  poison
-# ══════════
 #
 # Content that servers died with, and whose failure it was when a request failed at several servers.
 
@@ -7801,7 +7766,6 @@ def to_blame(suspects: Sequence[Suspect], well_at: str) -> list[Suspect]:
 
 # ══════════
 #  35  plans
-# ══════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
@@ -8152,7 +8116,6 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 # ══════════
 #  36  client keys
-# ══════════
 #
 # Clients' keys, what each is using, and who owns which stored response.  Without keys the balancer
 # is open, as mvllm is.  Keys are compared by digest, with all keys, in constant time.
@@ -8282,7 +8245,6 @@ def key_in(fields: Fields) -> str:
 
 # ══════════
 #  37  access
-# ══════════
 #
 # Who may come in, and to which path.  A browser on a machine that may come in also sends requests
 # for any page open in it; `Origin` and `Sec-Fetch-Site` tell which (Fetch standard).  A page may
@@ -8628,12 +8590,11 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
     return peer
 
 
-# ━━━ part VI: what is counted ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part VI: what is counted ━━━
 
 
 # ══════════
 #  38  documents
-# ══════════
 #
 # What programs are shown: views in, JSON documents out.  The documents are supersets of mvllm's,
 # with its names and types.
@@ -8799,7 +8760,6 @@ def readiness_report(
 
 # ══════════
 #  39  metrics
-# ══════════
 #
 # The metric families that /metrics shows.
 
@@ -9003,7 +8963,6 @@ def gauges(
 
 # ══════════
 #  40  records
-# ══════════
 #
 # What is written about each request, and each change of a server's state: for people, for programs,
 # and for `replay`.
@@ -9152,7 +9111,6 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 # ══════════
 #  41  troubles
-# ══════════
 #
 # What is wrong with a server, in words, and what to do about it, the worst first.  The screen, the
 # page, /status.json and the log share these words.
@@ -9320,7 +9278,6 @@ class TroubleNews:
 
 # ══════════
 #  42  recent past
-# ══════════
 #
 # What people are shown of the recent past: the last minute of each server and model, the fleet's
 # last quarter of an hour, requests that have ended, and events.
@@ -9518,7 +9475,6 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 # ══════════
 #  43  status
-# ══════════
 #
 # The document that people see of the fleet: the screen, the page and /status.json share it.
 
@@ -9788,12 +9744,11 @@ def status_report(
     }  # type: ignore[typeddict-item]
 
 
-# ━━━ part VII: connections ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part VII: connections ━━━
 
 
 # ══════════
 #  44  sockets
-# ══════════
 #
 # What all sockets share: errors in words, deadlines, waiting tasks, detection of dead peers.  And
 # listening sockets, with the bytes that a connection sends before it has a Wire.
@@ -10064,7 +10019,6 @@ def is_quiet(sock: socket.socket) -> bool:
 
 # ══════════
 #  45  backlog
-# ══════════
 #
 # What is held of clients' requests: how much, what may be given up, and whose clients leave.
 
@@ -10134,7 +10088,6 @@ class Backlog:
 
 # ══════════
 #  46  wire
-# ══════════
 #
 # Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
 # server: bytes come into its buffer, and a reader waits for `news`.  While a Sink is set, bytes go
@@ -10483,7 +10436,6 @@ class Wire(asyncio.BufferedProtocol):
 
 # ══════════
 #  47  secrets
-# ══════════
 #
 # Keys and certificates, from the settings and the files that they name, and how to reach a server
 # with them.
@@ -10687,7 +10639,6 @@ def connect_failure(error: OSError, timeout_s: float, tls: bool) -> PeerGone:
 
 # ══════════
 #  48  client
-# ══════════
 #
 # The client for our own requests: checks, reports of load, those of the doctor and `top`.  It uses
 # asyncio's streams, which are easy to read and fast enough for ten servers' 25 small requests a
@@ -10928,7 +10879,6 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
 
 # ══════════
 #  49  pool
-# ══════════
 #
 # The connections to one server for passing on requests.
 
@@ -11063,7 +11013,6 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 # ══════════
 #  50  pump
-# ══════════
 #
 # Bytes from one wire are written to another in the same turn of the event loop, without a task.
 # The wires have the back-pressure: while one is blocked, its feeder is held.
@@ -11293,7 +11242,6 @@ class Tunnel:
 
 # ══════════
 #  51  response
-# ══════════
 #
 # The client's side of an exchange.  Every response, a server's answer or our own, is written here,
 # and only this room knows what the client has seen of it.
@@ -11560,7 +11508,6 @@ class abandoned_if_gone:  # it reads as a sentence
 
 # ══════════
 #  52  logging
-# ══════════
 #
 # Lines for people and programs, who may read slowly or not at all; clients must not wait for them.
 
@@ -11890,12 +11837,11 @@ def trace_writer(path: str) -> Writer | None:
     return Writer(LogFile(path))
 
 
-# ━━━ part VIII: a request ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part VIII: a request ━━━
 
 
 # ══════════
 #  53  shared state
-# ══════════
 #
 # State that exchanges, watchers and local pages share; each piece has an owner: clients, pools,
 # news, looks at servers, requests under way.
@@ -12097,7 +12043,6 @@ class Requests:
 
 # ══════════
 #  54  core
-# ══════════
 #
 # The state of the running balancer in one place, as exchanges, watchers and local pages get it.
 
@@ -12271,7 +12216,6 @@ class Core:
 
 # ══════════
 #  55  intake
-# ══════════
 #
 # A request's content: gathered from the client, decoded, scanned as it arrives, and held as long
 # as it may have to be sent to a server.  All that is held counts in `max_buffered_bytes`.
@@ -12417,7 +12361,6 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 # ══════════
 #  56  attempt
-# ══════════
 #
 # One attempt at an answer: a request is sent to one server over one connection, and its answer is
 # judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
@@ -12687,7 +12630,6 @@ class Attempt:
 
 # ══════════
 #  57  case
-# ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
 # another answers it; a server's death is counted against the content with which it died, and
@@ -12827,7 +12769,6 @@ class Case:
 
 # ══════════
 #  58  accounts
-# ══════════
 #
 # What outlives a request: its counts, its place in the recent past, its record, and which server
 # has the response that it stored.
@@ -12929,7 +12870,6 @@ def note_stored(x: Exchange, head: ResponseHead, start: bytes) -> None:
 
 # ══════════
 #  59  resuming
-# ══════════
 #
 # A stream that another server may continue: what it has shown, from its first event on, and after
 # a break, what the other server is asked.
@@ -13059,7 +12999,6 @@ def commit_again(x: Exchange, step: Relay, lease: Lease, join: Join, answer: Ans
 
 # ══════════
 #  60  exchange
-# ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
 # carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
@@ -13410,7 +13349,6 @@ class Exchange:
 
 # ══════════
 #  61  other steps
-# ══════════
 #
 # The steps of a plan that ask no server: waits, and the end if no server answers.
 
@@ -13535,12 +13473,11 @@ Exchange.CARRY_OUT |= {
 }
 
 
-# ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part IX: operating ━━━
 
 
 # ══════════
 #  62  watch
-# ══════════
 #
 # What goes on without a request.  Each server has loops of its own, for its health, its load and
 # its streams' pace, so that a server that hangs delays no other's figures.
@@ -13828,7 +13765,6 @@ class Watchers:
 
 # ══════════
 #  63  services
-# ══════════
 #
 # What runs in the background only if the settings ask for it, like a source of servers.  The rooms
 # of services stand below the ruler.
@@ -13908,7 +13844,6 @@ class Services:
 
 # ══════════
 #  64  operations
-# ══════════
 #
 # What people do to servers at run time: over HTTP, with the screen's keys, or with the page's
 # buttons.  An operation returns a document that says what was done, or raises SettingsError,
@@ -14036,7 +13971,6 @@ OPERATIONS: dict[str, Operation] = {
 
 # ══════════
 #  65  endpoints
-# ══════════
 #
 # The paths that the balancer answers from what it knows.  They ask no server, so they answer at
 # once even when every server hangs.
@@ -14367,7 +14301,6 @@ ENDPOINTS |= {
 
 # ══════════
 #  66  front
-# ══════════
 #
 # Where clients come in.  Connections are accepted while there is room, and each is served by a task
 # of its own.  Each request becomes an Exchange, and is refused, answered here, or run.
@@ -14718,7 +14651,6 @@ class Front:
 
 # ══════════
 #  67  following
-# ══════════
 #
 # The settings file is read whole every few seconds.  It has a few kB; reading it is cheaper than
 # being clever about times and inodes, and notices a restored older file, a rename, and a
@@ -14857,7 +14789,6 @@ class Follower:
 
 # ══════════
 #  68  commands
-# ══════════
 #
 # Subcommands are rows, each registered by its own room; the command line knows none by name.  Here
 # stands what several of them need: settings made from file, environment and flags.
@@ -15044,7 +14975,6 @@ def printable(text: str) -> str:
 
 # ══════════
 #  69  handover
-# ══════════
 #
 # One process takes over from another without a gap.  The old one starts the new one and passes it,
 # as descriptors whose numbers are in the environment, the listening sockets, what was done by hand,
@@ -15238,7 +15168,6 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 # ══════════
 #  70  balancer
-# ══════════
 #
 # Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
 # its part of new settings and of the roster, and stops without cutting answers short.
@@ -15471,12 +15400,11 @@ class Balancer:
         core.news.notify()
 
 
-# ━━━ part X: program ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part X: program ━━━
 
 
 # ══════════
 #  71  process
-# ══════════
 #
 # A balancer as a process among others: its signals, its terminal, and what it tells systemd and the
 # process that it succeeds.
@@ -15598,7 +15526,6 @@ def raise_descriptor_limit() -> None:
 
 # ══════════
 #  72  router flags
-# ══════════
 #
 # The flags of vllm-project/router are accepted, too, so that its command lines work as they are.
 # To add a flag: a row of ROUTER_FLAGS.
@@ -15782,7 +15709,6 @@ def router_overrides(
 
 # ══════════
 #  73  command line
-# ══════════
 #
 # Arguments, environment and exit codes: 0 is success; 1, the settings or the address cannot be
 # used; 2, wrong arguments or, from check-config, no server can be used.
@@ -15981,15 +15907,14 @@ def main(argv: list[str] | None = None) -> int:
         return fail(text)
 
 
-# ────────────────────────────────────────── the ruler ─────────────────────────────────────────
+# ─── the ruler ───
 
 
-# ━━━ part XI: discovery ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XI: discovery ━━━
 
 
 # ══════════
 #  74  names
-# ══════════
 #
 # Each name has at most one lookup under way, in a thread of its own, so that one which hangs delays
 # nothing.  After a failed one, the addresses known before stay in use.
@@ -16140,7 +16065,6 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 # ══════════
 #  75  pods
-# ══════════
 #
 # Of an object only what makes servers is kept, by its uid: the same name or address under another
 # uid is another pod.
@@ -16390,7 +16314,6 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 # ══════════
 #  76  listing
-# ══════════
 #
 # A list is taken page by page, then a watch keeps it up to date.  Each event stands by itself, a
 # new list repairs whatever was missed, and while the API is silent everything stays as last known.
@@ -16624,7 +16547,6 @@ def pem_at(document: Any, key: str) -> str:
 
 # ══════════
 #  77  cluster
-# ══════════
 #
 # Token and certificates are read before each request, because Kubernetes renews them in place.
 
@@ -16934,7 +16856,6 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 # ══════════
 #  78  zmtp
-# ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
 # that DEALER, REQ and ROUTER sockets connect to needs it, with the NULL mechanism; and msgpack,
@@ -17118,7 +17039,6 @@ def parse_msgpack(data: bytes) -> Any:
 
 # ══════════
 #  79  registration
-# ══════════
 #
 # Servers, and agents that run servers, which announce themselves.  A registration ends when its
 # owner says so, or is silent for longer than the time it named.  Its content comes from outside: it
@@ -17405,7 +17325,6 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 # ══════════
 #  80  registering
-# ══════════
 #
 # The roster follows the book of registrations.
 
@@ -17658,7 +17577,6 @@ ENDPOINTS |= operated(Kind.ADMIN, {
 
 # ══════════
 #  81  zmq listener
-# ══════════
 #
 # ZMTP's NULL mechanism has no keys, so registration_networks alone says who may register, and each
 # peer is bounded: in what it sends, how fast, how long it is silent, and on how many connections.
@@ -17795,12 +17713,11 @@ def zmq_open_line(s: Settings) -> str:
             f" from {', '.join(s.registration_networks)}: ZMTP's NULL has no keys")
 
 
-# ━━━ part XII: prefill and decode ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XII: prefill and decode ━━━
 
 
 # ══════════
 #  82  legs
-# ══════════
 #
 # One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
 # their answers become one.  The prefill leg is the client's request, changed only in the members
@@ -18048,7 +17965,6 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 # ══════════
 #  83  connectors
-# ══════════
 #
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
 # vLLM reach the other.  One of vLLM's connectors moves them; each has a small class here.
@@ -18223,7 +18139,6 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 # ══════════
 #  84  splitting
-# ══════════
 #
 # A plan says which server reads the prompt, which one answers, and what follows when either fails.
 # Transferred blocks are never used twice.  A request that cannot or need not be split is sent whole
@@ -18505,7 +18420,6 @@ def plain_plan(split: Split) -> Plan:
 
 # ══════════
 #  85  leg attempts
-# ══════════
 #
 # A prefill leg is an attempt whose answer we keep; a decode leg is one whose answer is merged on
 # its way.  A failed transfer is neither server's failure, unless one is found dead.
@@ -18747,7 +18661,6 @@ class DecodeAttempt(Attempt):
 
 # ══════════
 #  86  pairs
-# ══════════
 #
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
 
@@ -18987,12 +18900,11 @@ Exchange.CARRY_OUT |= {
     Prefill: carry_prefill, Decode: carry_decode, Both: carry_both, Plainly: note_plain}
 
 
-# ━━━ part XIII: models ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XIII: models ━━━
 
 
 # ══════════
 #  87  life
-# ══════════
 #
 # An instance is a process, or group of processes, that serves one model.
 
@@ -19101,7 +19013,6 @@ class Life:
 
 # ══════════
 #  88  launching
-# ══════════
 #
 # How a model is launched.  Command lines come only from settings files on the host that runs them;
 # over HTTP come a name, numbers, and words that a profile lists.
@@ -19338,7 +19249,6 @@ def matches(name: str, pattern: str) -> bool:
 
 # ══════════
 #  89  placement
-# ══════════
 #
 # Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
 # with all it may take from the moment it is placed, a sleeping one with what it still holds.
@@ -19558,7 +19468,6 @@ def place_on(
 
 # ══════════
 #  90  scaling
-# ══════════
 #
 # A pure function makes acts from models, hosts, seats and demands.
 
@@ -19796,7 +19705,6 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 
 # ══════════
 #  91  children
-# ══════════
 #
 # Models' processes: each leads its own group, which outlives us, and writes its output to an
 # anonymous file.  Other rooms decide what is started, when and how often.
@@ -20045,7 +19953,6 @@ def free_port(taken: Collection[int]) -> int:
 
 # ══════════
 #  92  instances
-# ══════════
 #
 # A process of one model listens on the loopback alone; others reach it through its agent.
 
@@ -20179,7 +20086,6 @@ class Instance:
 
 # ══════════
 #  93  agent
-# ══════════
 #
 # The agent does what it is told, restarts instances that have ended by themselves, and saves what a
 # successor needs.  It lives in the balancer, or in a process of its own (`worker`).
@@ -20495,7 +20401,6 @@ class Agent:
 
 # ══════════
 #  94  hosts
-# ══════════
 #
 # This machine and those with an agent of their own have the same methods.
 
@@ -20740,7 +20645,6 @@ class Uses:
 
 # ══════════
 #  95  holdings
-# ══════════
 #
 # What is known about the pool, and the views of it that placement gets.
 
@@ -20964,7 +20868,6 @@ class Holdings:
 
 # ══════════
 #  96  keeping
-# ══════════
 #
 # The dry rooms decide, this room carries out.
 
@@ -21288,7 +21191,6 @@ class ModelPool(Holdings):
 
 # ══════════
 #  97  manager
-# ══════════
 #
 # Requests go from here to the manager's instances too, and it is asked to start, wake and stop
 # them.  If it does not answer, running instances still get requests.
@@ -21397,7 +21299,6 @@ class FollowedPool(ModelPool):
 
 # ══════════
 #  98  models
-# ══════════
 #
 # Requests for the pool's models have a plan of their own: wait until the model has been started or
 # woken, then pass on as usual.
@@ -21717,7 +21618,6 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 # ══════════
 #  99  pool paths
-# ══════════
 #
 # As in serverless_vllm and llama-swap.
 
@@ -21764,7 +21664,6 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 # ══════════
 #  100  worker
-# ══════════
 #
 # `worker` is a balancer whose only servers are its own instances, each below /proxy/, and which
 # does what its manager says.  When it stops, its instances run on, and its successor takes them
@@ -22002,12 +21901,11 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
     return 2 if wrong else 0
 
 
-# ━━━ part XIV: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XIV: seen ━━━
 
 
 # ══════════
 #  101  cells
-# ══════════
 #
 # Text in the cells of a terminal: its meaning, its width, and how to make it fit.
 
@@ -22264,7 +22162,6 @@ def sparkline(history: Sequence[float | None]) -> str:
 
 # ══════════
 #  102  table
-# ══════════
 #
 # A server of a status document in, a line of styled text out.  Whatever a colour says, a word or a
 # number says too.
@@ -22498,7 +22395,6 @@ def marked(line: Line) -> Line:
 
 # ══════════
 #  103  views
-# ══════════
 #
 # What is on the screen besides the table of servers; Tab shows the views.
 
@@ -22645,7 +22541,6 @@ def view_lines(view: View, status: Document, width: int, at: int = 0) -> list[Li
 
 # ══════════
 #  104  screen
-# ══════════
 #
 # The screen: a status document in, all lines out.  Nothing here knows a terminal.
 
@@ -22957,7 +22852,6 @@ def drawn(status: Document, ui: Ui, size: Size) -> list[Line]:
 
 # ══════════
 #  105  keys
-# ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
 #
@@ -23101,7 +22995,6 @@ def key_of(sent: str) -> str:
 
 # ══════════
 #  106  terminal
-# ══════════
 #
 # It is a process of its own, since curses has its own signal handlers, and holds Python's lock
 # while a terminal (a dead ssh, a stopped one) accepts no output.  It reads statuses and notes from
@@ -23337,7 +23230,6 @@ class CursesScreen:
 
 # ══════════
 #  107  top
-# ══════════
 #
 # In this process, the screen takes the place of log lines.
 
@@ -23564,7 +23456,6 @@ def run_top(args: argparse.Namespace) -> int:
 
 # ══════════
 #  108  page
-# ══════════
 #
 # GET /status: the page itself says nothing about the fleet, and reads /status.json.  It writes
 # everything from outside as text, never as markup; it finds a server's row by its URL and changes
@@ -24164,7 +24055,6 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 # ══════════
 #  109  reference
-# ══════════
 #
 # The texts come from the declarations that the program uses, so that they cannot be out of date.
 #
@@ -24481,7 +24371,6 @@ def example_topic() -> str:
 
 # ══════════
 #  110  deployment
-# ══════════
 #
 # Each file is a topic of `help`.
 
@@ -24824,12 +24713,11 @@ def grafana_topic() -> str:
     }, indent=1)
 
 
-# ━━━ part XV: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XV: laboratory ━━━
 
 
 # ══════════
 #  111  traces
-# ══════════
 #
 # Trace files are ours or published ones.
 
@@ -25012,7 +24900,6 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 # ══════════
 #  112  engine
-# ══════════
 #
 # Continuous batching, prompts in chunks, a prefix cache, a queue.  Nothing here is random.
 
@@ -25339,7 +25226,6 @@ class Engine:
 
 # ══════════
 #  113  replay
-# ══════════
 #
 # What would another policy have done, or one more server?  The times come from a model: compare
 # only the rows of one table.
@@ -25602,7 +25488,6 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 # ══════════
 #  114  comparison
-# ══════════
 #
 # The arguments of `replay`, and its table.
 
@@ -25776,7 +25661,6 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 # ══════════
 #  115  canned words
-# ══════════
 #
 # Refusals in vLLM's words (captured from 0.32); otherwise random words, a tool's call, or JSON that
 # fits a schema.
@@ -25974,7 +25858,6 @@ def detokenized(wanted: Document, id: str, model: str) -> dict[str, Any]:
 
 # ══════════
 #  116  canned forms
-# ══════════
 #
 # To add a form: a class with the events for an answer's start, pieces and end, and its row in
 # FORMS.  A path that generates no text is a row of REPLIES.
@@ -26304,7 +26187,6 @@ REPLIES: dict[str, Callable[[Document, str, str], Any]] = {
 
 # ══════════
 #  117  simulation
-# ══════════
 #
 # It streams words at a realistic pace, queues requests beyond its capacity, slows down as it fills
 # up, and reports its load in /metrics.  POST /simulate {"mode": …} makes it fail, hang, slow down
@@ -26616,7 +26498,6 @@ class Generation:
 
 # ══════════
 #  118  understudy
-# ══════════
 #
 # `simulate-vllm` has the options, start time, sleep and ways to die of `vllm serve`, but no GPU.
 # `demo --pool` runs a pool of them.
@@ -26756,7 +26637,6 @@ def own_command() -> tuple[str, ...]:
 
 # ══════════
 #  119  demo
-# ══════════
 #
 # A balancer on a laptop, in front of simulated servers of several kinds.
 
@@ -26980,7 +26860,6 @@ def run_demo(args: argparse.Namespace) -> int:
 
 # ══════════
 #  120  doctor
-# ══════════
 #
 # Each server is asked for all that the balancer relies on; each problem found has a remedy.
 
@@ -27276,7 +27155,6 @@ def check_models(s: Settings) -> int:
 
 # ══════════
 #  121  transfers
-# ══════════
 #
 # Prefill and decode servers' reports about themselves are compared, and one reads a prompt that the
 # other answers, with the same legs as for clients' requests.
@@ -27533,7 +27411,6 @@ async def try_pairs(
 
 # ══════════
 #  122  check config
-# ══════════
 #
 # All servers that the settings name or find, the models that could start here, and the settings in
 # force.

@@ -64,7 +64,7 @@ from mvllm_lite import Blame, Fault, Retry, Settings, State
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "mvllm_lite.py").read_text()
 OWN_SOURCE = Path(__file__).read_text()
-BANNER = re.compile(r"^# ═+\n#  (\d+)  ([a-z ]+)\n# ═+$", re.MULTILINE)
+BANNER = re.compile(r"^# ═+\n#  (\d+)  ([a-z ]+)$", re.MULTILINE)
 
 
 @functools.cache
