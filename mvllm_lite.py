@@ -16045,7 +16045,6 @@ class NameFollower:
 
 
 async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list[str]]:
-    """The servers that one lookup of each name finds, and a line for each that fails."""
     servers, lines = list[ServerSettings](), list[str]()
     for entry in wanted.entries:
         try:
@@ -16787,7 +16786,7 @@ class Watches:
         self.define()
 
     def define(self) -> None:
-        """Name the servers found.  Those of a table that has not been listed yet stay."""
+        """Those of a table that has not been listed yet stay."""
         unheard = {one.listing.what.table.server.id for one in self.all if not one.listing.lists}
         before = self._core.roster.named_by(Source.KUBERNETES)
         found = {id: server for id, server in before.items() if server.like in unheard}
@@ -16821,7 +16820,6 @@ def watch_families(listings: Iterable[Listing], now: float) -> list[Family]:
 
 
 async def preview_pods(wanted: ClustersWanted) -> tuple[list[ServerSettings], list[str]]:
-    """The servers that one listing finds, and lines on which pods are not used, and why."""
     watches = [Watch(what, wanted.pools, lambda warnings: None)
                for table in wanted.tables for what in watches_of(table)]
     lines = itertools.chain.from_iterable(await asyncio.gather(*map(previewed, watches)))
@@ -17090,7 +17088,6 @@ class Registration:
 
     @property
     def is_agent(self) -> bool:
-        """Whether it runs servers, and is none itself."""
         return "gpu_info" in self.said or "instances" in self.said
 
     @property
@@ -17126,7 +17123,7 @@ class RegistrationBook:
         return found
 
     def find(self, name: str) -> Registration:
-        """The registration with that id or URL.  Raises LookupError."""
+        """Raises LookupError."""
         for one in self.by_id.values():
             if name in (one.id, one.url, one.worker_url, *one.servers):
                 return one
@@ -17158,7 +17155,6 @@ class RegistrationBook:
             self._tell()
 
     def expire(self, now: float) -> list[Registration]:
-        """Remove and return those that have been silent for too long."""
         silent = [one for one in self.by_id.values() if one.expires_at <= now]
         self.remove(*(one.id for one in silent))
         return silent
@@ -17441,7 +17437,6 @@ async def register(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def name_in(asked: Asked, suffix: str = "") -> str:
-    """The worker a path names, by id or URL, percent-decoded."""
     path = asked.head.path.rstrip("/").removesuffix(suffix)
     return urllib.parse.unquote(path.removeprefix("/workers/"))
 
@@ -17835,7 +17830,7 @@ class Shared(NamedTuple):
 
 
 def leg_fields(shared: Shared, rank: int | None) -> str:
-    """A leg's own header lines, which ask for an uncompressed answer."""
+    """They ask for an uncompressed answer."""
     pinned = "" if rank is None else f"X-Data-Parallel-Rank: {rank}\r\n"
     return f"X-Request-Id: {shared.id}\r\nAccept-Encoding: identity\r\n{pinned}"
 
@@ -18470,7 +18465,6 @@ class PrefillAttempt(Attempt):
             self.said.release()
 
     def outcome_of(self, content: bytes, outcome: Outcome) -> Outcome:
-        """The leg's outcome, by how its attempt ended and the content of its answer."""
         answer, broke = self.answer, outcome.fault not in (None, Fault.SERVER_ERROR)
         if answer is None or broke:
             return outcome._replace(committed=False)
@@ -18701,7 +18695,7 @@ class PrefillDecode:
         return unfit_plan(split, otherwise) if unfit else prefill_decode_plan(split)
 
     def split(self, x: Exchange, request: OutboundRequest) -> Split | None:
-        """What is needed to split that request; None if its model has no [[disaggregation]]."""
+        """None if the model has no [[disaggregation]]."""
         if (terms := disaggregation_of(x.settings, x.call.model)) is None:
             return None
         kind = CONNECTORS[terms.kv_connector]
@@ -18758,7 +18752,6 @@ class PrefillDecode:
             del self.memory[id]
 
     def rankings(self, x: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
-        """Both choices, for a caller that sends nothing."""
         request = x.case.request
         split = self.split(x, request) if request else None
         if split is None or split.shape.unfit:
@@ -19032,13 +19025,13 @@ def said_of(model: ModelSettings) -> dict[str, Any]:
 
 
 def from_serverless(said: Document, kind: str) -> dict[str, Any]:
-    """What is said of a model, from serverless_vllm's words for a backend of that kind to ours."""
+    """What is said of a model, from serverless_vllm's words for that kind of backend."""
     said = {"model" if key == "model_name" else key: value for key, value in said.items()}
     return said if kind == "vllm" else {"profile": kind, **said}
 
 
 class Device(NamedTuple):
-    """A GPU, as nvidia-smi shows it, or as the settings say."""
+    """As nvidia-smi shows it, or as the settings say."""
 
     total_gb: float
     used_gb: float = 0.0  # by whomever
@@ -19153,7 +19146,6 @@ def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) 
 
 
 def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str, str]:
-    """What a model's environment has in addition to ours."""
     pins = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
     return pins | ({"VLLM_SERVER_DEV_MODE": "1"} if sleeps(model) else {}) | dict(model.env)
 
@@ -19191,7 +19183,7 @@ ROUTING_STATES = "FAST_ONLY", "WARMING_VLLM", "MIXED", "VLLM_PRIMARY", "DEGRADED
 
 
 def routing_of(model: ModelSettings) -> dict[str, Any]:
-    """What serverless_vllm has for a model with one backend, which gets all of its requests."""
+    """For a model with one backend, which gets all of its requests."""
     fast = model.profile == "llama.cpp"
     state = "FAST_ONLY" if fast else "VLLM_PRIMARY"
     return {"routing_state": state, "mix_weight": 0 if fast else 100}
@@ -19637,13 +19629,11 @@ def shrink(
     left = sum(map(lives, mine))
     for seat in running:
         idle_s = 0.0 if seat.in_flight or demand.waiting else seat.idle_s
-        spare = left > model.min_replicas
+        due = [how for after_s, how in rests_of(model, seat) if after_s <= idle_s]
         if surplus > 0:
             surplus, how, why = surplus - 1, "sleep", "its load is low"
-        elif spare and 0 < model.unload_after_s <= idle_s:
-            how, why = "stop", f"idle for {idle_s:.0f} s"
-        elif spare and sleeps(model) and 0 < model.sleep_after_s <= idle_s:
-            how, why = "sleep", f"idle for {idle_s:.0f} s"
+        elif due and left > model.min_replicas:
+            how, why = due[0], f"idle for {idle_s:.0f} s"
         else:
             continue
         left -= 1
@@ -19652,16 +19642,22 @@ def shrink(
         if how == "sleep" and seat.host in memory_gb:
             memory_gb[seat.host] -= seat.weights_gb
         acts.append(Act(how, model.alias, seat.name, why=why))
-    for seat in resting:
-        if seat.phase is not Phase.SLEEPING:
-            continue
+    for seat in [one for one in resting if one.phase is Phase.SLEEPING]:
+        due = [how for after_s, how in rests_of(model, seat) if after_s <= seat.idle_s]
         if not seat.fresh:
             acts.append(Act("stop", model.alias, seat.name, why=OUTDATED))
-        elif 0 < model.unload_after_s <= seat.idle_s:
-            acts.append(Act("stop", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
-        elif 0 < model.deep_sleep_after_s <= seat.idle_s and seat.level < 2:
-            acts.append(Act("deepen", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
+        elif due:
+            acts.append(Act(due[0], model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
     return acts
+
+
+def rests_of(model: ModelSettings, seat: Seat) -> list[tuple[float, str]]:
+    """After how many idle seconds an instance rests, and how; the deepest rest comes first."""
+    asleep = seat.phase is Phase.SLEEPING
+    rows = ((model.unload_after_s, "stop"),
+            (model.deep_sleep_after_s * (asleep and seat.level < 2), "deepen"),
+            (model.sleep_after_s * (sleeps(model) and not asleep), "sleep"))
+    return [row for row in rows if row[0] > 0]
 
 
 def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
@@ -19674,7 +19670,8 @@ def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
     return ("wake",) * wakes + ("stop",) * (phase is not Phase.ABSENT)
 
 
-# What becomes of an instance in these phases, whether or not anybody asks for it.
+# What becomes of an instance by these acts, and in these phases whether or not anybody asks for it.
+RESTS = {"stop": "is unloaded", "deepen": "sleeps deeper", "sleep": "sleeps"}
 COMES_NEXT = {Phase.STARTING: "answers once it is ready", Phase.WAKING: "answers once it is awake",
               Phase.FALLING_ASLEEP: "sleeps", Phase.STOPPING: "is gone"}
 
@@ -19691,14 +19688,9 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
         return COMES_NEXT[seat.phase]
     if seat.leaving or seat.in_flight:
         return "rests after its answers" if seat.leaving else "stays while it is in use"
-    asleep = seat.phase is Phase.SLEEPING
-    rests = {"sleeps": model.sleep_after_s * (sleeps(model) and not asleep),
-             "sleeps deeper": model.deep_sleep_after_s * (asleep and seat.level < 2),
-             "is unloaded": model.unload_after_s}
-    left = min(((after_s - seat.idle_s, what) for what, after_s in rests.items() if after_s > 0),
-               default=None)
-    soon = f"{left[1]} in {max(0.0, left[0]):.0f} s" if left else ""
-    if asleep:
+    rest = min(rests_of(model, seat), default=None)
+    soon = f"{RESTS[rest[1]]} in {max(0.0, rest[0] - seat.idle_s):.0f} s" if rest else ""
+    if seat.phase is Phase.SLEEPING:
         return "; ".join(filter(None, ("wakes when it is asked for", soon)))
     return soon if not model.min_replicas else f"{model.min_replicas} are kept running"
 
@@ -20066,7 +20058,7 @@ class Instance:
                 log.warning("%s: its warm-up: %s", self.name, gone)
 
     def document(self, now: float) -> dict[str, Any]:
-        """Its description for others, a superset of serverless_vllm's."""
+        """A superset of serverless_vllm's."""
         life, child, model = self.life, self.child, self.model
         return {
             "alias": self.name, "model_alias": model.alias,
@@ -20311,7 +20303,7 @@ class Agent:
                 self.tell(one, Turn.ASLEEP)
 
     async def held_by(self, one: Instance) -> float:
-        """The mean GB that a sleeping instance holds of its devices."""
+        """The mean GB that it holds of its devices, asleep."""
         apps = parse_gpu_apps(await output_of(GPU_APPS_QUERY))
         used = [apps[pid] for pid in group_members(one.child.pid) if pid in apps] if (
             one.child and apps) else []
@@ -20687,7 +20679,6 @@ class Holdings:
         return {**self.registered, **{one.alias: one for one in self.core.settings.models}}
 
     def model_served(self, name: str | None) -> ModelSettings | None:
-        """The model of the pool that requests ask for by a name, or None."""
         if name is None:
             return None
         models = self.core.settings.models
@@ -20734,7 +20725,7 @@ class Holdings:
         return [view for view in views if view.total_gb or not with_gpus]
 
     def requests_at(self, name: str) -> int:
-        """The requests at an instance: ours and, as far as it reports them, others'."""
+        """Ours and, as far as it reports them, others'."""
         now, interval_s = loop_time(), self.core.settings.metrics_interval
         view = self.core.fleet.view(name)
         return self.core.fleet.in_flight(name) + (
@@ -20779,7 +20770,7 @@ class Holdings:
         self.notify()
 
     def load_of(self, alias: str) -> float:
-        """The requests at a model's running instances, divided by their capacity."""
+        """Of its running instances: their requests by their capacity."""
         in_flight = capacity = 0.0
         for _, one in self.instances(alias):
             view = self.core.fleet.view(one["alias"])
@@ -20809,7 +20800,7 @@ class Holdings:
         return found
 
     def only_host(self, model: ModelSettings) -> str:
-        """The only host that may run a model, or ''."""
+        """'' if any may run it."""
         if model.worker_id or model.profile or not (model.command or model.env):
             return model.worker_id
         return next((host.name for host in self.hosts.values() if isinstance(host, LocalHost)),
@@ -20831,7 +20822,6 @@ class Holdings:
         return next(name for name in names if name not in taken)
 
     def why(self, alias: str) -> str:
-        """Why a model lacks what it needs, or else its last act and the reason."""
         return self.why_not.get(alias) or self.acts.get(alias, "")
 
     def is_routable(self, model: ModelSettings) -> bool:
@@ -21145,7 +21135,6 @@ class ModelPool(Holdings):
             self.define_servers()
 
     async def look_again(self, alias: str) -> None:
-        """Refresh the reports on a model's instances, whose processes may have ended since."""
         for host, _ in list(self.instances(alias)):
             with contextlib.suppress(PeerGone):
                 await host.refresh()
@@ -21574,8 +21563,8 @@ async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[st
 
 
 MODEL_OPERATIONS: dict[str, Callable[[ModelPool, str], Awaitable[dict[str, Any]]]] = {
-    "wake": wake_model, "stop": stop_model, "sleep": lambda pool, alias: stop_model(
-        pool, alias, "sleep" if sleeps(pool.models[alias]) else "stop"),
+    "wake": wake_model, "sleep": lambda pool, alias: stop_model(
+        pool, alias, "sleep" if sleeps(pool.models[alias]) else "stop"), "stop": stop_model,
 }
 
 
@@ -22002,7 +21991,7 @@ def clean(text: str) -> str:
 
 
 def in_ascii(text: str) -> str:
-    """Text of the same width for a terminal that shows no more than ASCII."""
+    """Of the same width, for a terminal that shows no more than ASCII."""
     return text if text.isascii() else "".join(map(ascii_of, text))
 
 
@@ -22204,13 +22193,12 @@ def state_style(server: Document) -> Style:
 
 
 def load_style(server: Document) -> Style:
-    """The style of a server's load; the limits are mvllm's."""
+    """The limits are mvllm's."""
     ratio = load_ratio(server) or 0.0
     return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
 
 
 def is_troubled(server: Document) -> bool:
-    """Whether something is wrong with a server, which says more than its numbers."""
     return worst(server)["level"] in ("bad", "warn")
 
 
@@ -22221,7 +22209,6 @@ def trouble_text(trouble: Document) -> str:
 
 
 def model_names(server: Document) -> str:
-    """A server's models as mvllm shows them: up to three names, or two and how many more."""
     names = server["models"] or []
     if len(names) > 3:
         return f"{', '.join(names[:2])} (+{len(names) - 2})"
@@ -22271,7 +22258,7 @@ def listed_servers(ui: Ui, status: Document) -> list[Document]:
 
 
 def selected(ui: Ui, status: Document) -> Document | None:
-    """The selected server, or None.  Outside a detail, the first of the list stands in for it."""
+    """Outside a detail, the first of the list stands in for it."""
     if ui.mode is Mode.DETAIL:
         return next((s for s in status["servers"] if s["url"] == ui.selected), None)
     servers = listed_servers(ui, status)
@@ -22388,7 +22375,7 @@ def reason_line(server: Document, width: int) -> Line:
 
 
 def marked(line: Line) -> Line:
-    """A row shown as selected: its mark and name change; the other cells keep their colours."""
+    """As selected: the mark and the name change; the other cells keep their colours."""
     (start, _), (name, _), *rest = line
     return [(">" + start[1:], Style.SELECTED), (name, Style.SELECTED), *rest]
 
@@ -22546,7 +22533,7 @@ def view_lines(view: View, status: Document, width: int, at: int = 0) -> list[Li
 
 
 def packed(items: Sequence[Span], width: int) -> Line:
-    """The items that fit on one line, in order; one that does not fit is left out."""
+    """Those that fit on one line, in order; one that does not fit is left out."""
     line: Line = []
     for text, style in items:
         gap = "  " if line else ""
@@ -22557,7 +22544,7 @@ def packed(items: Sequence[Span], width: int) -> Line:
 
 
 def total_items(status: Document) -> list[Span]:
-    """The fleet's totals for one line, the most important first."""
+    """For one line, the most important first."""
     t = status["totals"]
     healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
     drained = t["drained"] or 0
@@ -22634,7 +22621,7 @@ MODE_KEYS = {  # the keys besides q
 
 
 def key_line(ui: Ui, place: str, width: int) -> Line:
-    """The last line: a question, the typed filter, what a key did, or the available keys."""
+    """A question, the typed filter, what a key did, or the available keys."""
     if ui.asked:
         return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
     if ui.typed is not None:
@@ -22721,7 +22708,7 @@ def list_lines(status: Document, ui: Ui, size: Size) -> list[Line]:
 
 
 def facts(server: Document) -> Iterator[tuple[str, str, Style]]:
-    """Everything known about a server, as triples of label, text and style."""
+    """Triples of label, text and style."""
 
     def number(key: str) -> str:
         return short_number(server[key])
@@ -22781,7 +22768,7 @@ def detail_lines(server: Document, width: int) -> list[Line]:
 
 
 def help_lines(width: int, hint: str) -> list[Line]:
-    """The help; a `hint` at what to try stands first."""
+    """A `hint` at what to try stands first."""
     def told(text: str) -> list[Line]:
         return [[(line, Style.PLAIN)] for line in wrapped(text, max(1, width))]
 
@@ -22814,7 +22801,7 @@ def page_lines(status: Document, ui: Ui, size: Size) -> tuple[Line, list[Line]]:
 
 
 def settle(ui: Ui, status: Document, size: Size) -> Ui:
-    """The Ui adjusted to the status: the selected row exists and is on the screen."""
+    """Adjusted to the status: the selected row exists and is on the screen."""
     if ui.mode is not Mode.LIST:
         if ui.mode is Mode.DETAIL and selected(ui, status) is None:
             return settle(ui._replace(mode=Mode.LIST), status, size)
@@ -23255,7 +23242,7 @@ class ScreenProcess:
         self.task = asyncio.ensure_future(self.run())
 
     async def close(self) -> None:
-        """End the process and restore the terminal, within about a second."""
+        """Restores the terminal, within about a second."""
         self.closing = True
         if self.writer is not None:
             self.writer.transport.abort()
@@ -23322,7 +23309,6 @@ class ScreenProcess:
 
 
 def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
-    """Restore a terminal for a process that could not do that itself."""
     with contextlib.suppress(OSError, termios.error):
         if in_foreground(terminal):
             termios.tcflush(terminal, termios.TCIOFLUSH)
@@ -23464,7 +23450,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 @functools.cache
 def page_policy() -> str:
-    """The Content-Security-Policy: the page's own blocks, by hash, and this origin."""
+    """The page's own blocks, by hash, and this origin."""
     allowed: dict[str, list[str]] = {"style": [], "script": []}
     for name, block in re.findall(r"<(style|script)>(.*?)</\1>", STATUS_PAGE, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
@@ -24078,7 +24064,6 @@ def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
 
 
 def toml_word(value: Any) -> str:
-    """A default as TOML writes it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml_word, value))}]"
     if isinstance(value, (bool, str)):
@@ -24145,8 +24130,8 @@ SECRET_CHECKS = secret, optional_secret
 
 
 def effective_rows(s: Settings, hidden: Collection[Clean]) -> Iterator[tuple[str, str, int | str]]:
-    """Each key of [config], its value in force, and its origin.  A value with a check in `hidden`
-    only shows that it is set."""
+    """Each key of [config], its value and its origin.  A value with a check in `hidden` only shows
+    that it is set."""
     for key, field in CONFIG_FIELDS.items():
         value = getattr(s, key)
         shown_value = '"…"' if value and field.metadata["check"] in hidden else toml_word(value)
@@ -24944,7 +24929,7 @@ ENGINE_KINDS = {
 
 
 def kind_for(capacity: float) -> EngineKind:
-    """The kind of a server whose capacity alone is known: an a100, scaled in speed."""
+    """Of a server whose capacity alone is known: an a100, scaled in speed."""
     kind = ENGINE_KINDS["a100"]
     slow = kind.capacity / capacity
     return kind._replace(capacity=capacity, **{
@@ -25090,7 +25075,7 @@ class Engine:
         return begun, complete
 
     def report(self, now: float) -> EngineLoad:
-        """The engine's load at `now`, which may be within a stretch."""
+        """At `now`, which may be within a stretch."""
         grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
         made = self._generated + grown
         return EngineLoad(
@@ -25216,7 +25201,7 @@ class Engine:
         self.cache.free(job.links)
 
     def _preempt(self) -> None:
-        """Take the youngest job's room, and put it first in the queue, to be computed again."""
+        """Take the youngest job's room, and put it first in the queue, to be computed anew."""
         job = next(reversed(self.running.values()))
         self._release(job)
         job.need, job.last = job.arrival.prompt_tokens + job.said, 0
@@ -25756,7 +25741,7 @@ def out_of_range(wanted: Document, prompt: Prompt) -> Refused | None:
 
 
 def fitting(schema: Any, known: Document | None = None, depth: int = 0) -> Any:
-    """A value that fits a JSON schema; None where the schema is of an unusual kind."""
+    """A value that fits a JSON schema; None where that is of an unusual kind."""
     if not isinstance(schema, dict) or depth > 20:
         return None
     known = known or {**schema.get("definitions", {}), **schema.get("$defs", {})}
@@ -25809,7 +25794,6 @@ def wanted_tool(wanted: Document) -> dict[str, Any] | None:
 
 
 def wanted_schema(wanted: Document) -> Any:
-    """The JSON schema that the answer has to fit, or None."""
     form = wanted.get("response_format") or (wanted.get("text") or {}).get("format") or {}
     if form.get("type") == "json_object":
         return {"type": "object", "properties": {"answer": {}}}
@@ -25845,7 +25829,6 @@ def script_for(wanted: Document, draw: random.Random) -> Script:
 
 
 def words_of(document: Any) -> list[str]:
-    """The texts in an `input`, `documents` or `messages`, one for each entry."""
     if not isinstance(document, list) or (document and isinstance(document[0], int)):
         document = [document]
     return [one if isinstance(one, str) else json.dumps(one) for one in document]
@@ -25896,7 +25879,6 @@ class Form:
 
     @property
     def ending(self) -> str:
-        """The finish reason, in the API's words."""
         if self.script.tool:
             return self.tool_finish
         return self.cut_finish if self.script.cut else self.finish
@@ -25926,7 +25908,7 @@ class TextForm(Form):
         return {"text": echoed + "".join(pieces)}
 
     def chances(self, pieces: Sequence[str]) -> Any:
-        """Logprobs; all tokens have the same."""
+        """All tokens have the same."""
         if not isinstance(self.wanted.get("logprobs"), int):
             return None
         offsets = itertools.accumulate(map(len, pieces[:-1]), initial=0)
@@ -25934,7 +25916,7 @@ class TextForm(Form):
                 "tokens": [*pieces], "top_logprobs": [{piece: -0.5} for piece in pieces]}
 
     def choice(self, i: int, n: int | None = None) -> dict[str, Any]:
-        """All of a choice, or its piece `n`."""
+        """All of it, or its piece `n`."""
         pieces = self.script.choices[i]
         shown = pieces if n is None else pieces[n : n + 1]
         last = n is None or n == len(pieces) - 1
@@ -26707,7 +26689,6 @@ Put one to sleep, wake it, stop it:      curl -X POST {url}/admin/models/llama-7
 
 
 def pool_demo_settings(settings: Settings) -> Settings:
-    """Settings with two GPUs of 80 GB, and five models that do not all fit."""
     models = tuple(ModelSettings(
         alias, gpu_memory_gb=gb, command=(*own_command(), "simulate-vllm"), sleep_after_s=20.0,
         unload_after_s=90.0, args=("--start-s", f"{gb / 20:.1f}", "--wake-s", "0.3"))
@@ -26792,7 +26773,6 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 def demo_parted(
     servers: Sequence[ServerSettings], settings: Settings, connector: str
 ) -> tuple[tuple[ServerSettings, ...], Settings]:
-    """The servers with roles, and settings that split each request between two of them."""
     found = []
     for i, one in enumerate(servers):
         port = urllib.parse.urlsplit(one.url).port or 0
@@ -26875,7 +26855,7 @@ def findings_among(*rows: tuple[object, str, str]) -> list[Finding]:
 
 
 class Examined(NamedTuple):
-    """What was learned about a server; `models` is None if it did not list them."""
+    """`models` is None if it did not list them."""
 
     usable: bool
     summary: str
@@ -26887,7 +26867,7 @@ class Examined(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """How a streamed answer arrived; times are in seconds since the request."""
+    """Times are in seconds since the request."""
 
     status: int
     pieces: int = 0
@@ -27219,7 +27199,7 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
 
 
 def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side, Side]]:
-    """Pairs that have each side at least once, and no two engines of one server."""
+    """Each side at least once, and no two engines of one server."""
     found = []
     for n in range(max(len(readers), len(writers)) if readers and writers else 0):
         reader = readers[n % len(readers)]
@@ -27254,7 +27234,7 @@ def pair_findings(pair: Pair) -> list[Finding]:
 
 
 class Trial:
-    """One prompt, read by one server of a pair and answered by the other."""
+    """One prompt, read by one server and answered by the other."""
 
     def __init__(self, pair: Pair, secrets: Secrets, draw: random.Random, timeout_s: float) -> None:
         self.pair, self.secrets, self.draw, self.timeout_s = pair, secrets, draw, timeout_s
