@@ -1902,16 +1902,9 @@ class ProfileSettings:
 MODEL_FIELDS, PROFILE_FIELDS = settings_of(ModelSettings), settings_of(ProfileSettings)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DeviceSettings:
-    """The table [devices]."""
-
-    memory_gb: tuple[float, ...] = setting(
-        (), list_of(real(0.001)),
-        "memory of each GPU in GB, where it is not detected, or less should be used")
-
-
-DEVICE_FIELDS = settings_of(DeviceSettings)
+DEVICE_FIELDS = {"memory_gb": setting(
+    (), list_of(real(0.001)),
+    "memory of each GPU in GB, where it is not detected, or less should be used")}
 LISTENS_OPENLY = "it names no loopback host: others may reach the model without the balancer"
 
 
@@ -3140,6 +3133,7 @@ PART_FIELD = re.compile(rb"[!#-'*+.0-9A-Z^-z|~-]++:[^\r\n\0]*+")
 OTHER_CHARSET = re.compile(
     r'(?i)charset[ \t]*+=(?![ \t]*+"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*+(?:[;\r]|$))')
 BEHIND_BOUNDARY = re.compile(rb"(--)?[ \t]{0,999}+(?:\r\n|\Z)(?(1)\s{0,999}+\Z)")
+EMPTY = re.compile(rb"[ \t\r\n]*+\}")  # behind an object's opening brace
 PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(
     r'(?i)multipart/form-data[ \t]*+(?:;(?![ \t]*+boundary=)[^;"]*+)*+;[ \t]*+boundary='
@@ -3244,28 +3238,48 @@ def part_name(fields: bytes) -> str:
 
 
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
-    """The content with another `model`: its value is replaced, or inserted in front if there is
-    none; all other bytes stay."""
-    if spans is None:
-        spans = member_spans(content, ("model",))
-    value = model.encode() if boundary else json.dumps(model).encode()
-    if "model" in spans:
-        return splice(content, spans["model"], value)
-    if boundary:
-        field = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % value
+    """The content with another `model`."""
+    if not boundary:
+        return with_members(content, {"model": json.dumps(model).encode()}, spans)
+    if spans is None or "model" not in spans:
+        field = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % model.encode()
         return boundary + field + content
-    brace = content.find(b"{")
-    if brace < 0 or content[:brace].strip():
-        return content  # not an object
-    comma = b"" if content[brace + 1 : brace + 100].lstrip()[:1] == b"}" else b","
-    return splice(content, (brace + 1, brace + 1), b'"model":' + value + comma)
-
-
-def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
-    """The content with another value in that place; a bytearray, maybe large, is itself changed."""
     changed = content if isinstance(content, bytearray) else bytearray(content)
-    changed[span[0] : span[1]] = value
+    changed[slice(*spans["model"])] = model.encode()
     return changed
+
+
+def with_members(
+    content: Content, values: Mapping[str, bytes | None], spans: Spans | None = None
+) -> Content:
+    """A JSON object with these values of members: None removes one, a missing one is put in front;
+    all other bytes stay.  A bytearray, maybe large, is itself changed; `spans` has the places of
+    its members."""
+    changed = content if isinstance(content, bytearray) else bytearray(content)
+    spans = member_spans(content, values) if spans is None else spans
+    places = {name: spans[name] for name in values if name in spans}
+    for name in sorted(places, key=lambda name: -places[name][0]):
+        begin, end = places[name]
+        if (value := values[name]) is None:
+            begin, end = whole_member(changed, begin, end)
+        changed[begin:end] = value or b""
+    new = [b'"%b":%b' % (name.encode(), value) for name, value in values.items()
+           if value is not None and name not in places]
+    brace = changed.find(b"{") + 1
+    if new and not EMPTY.match(changed, brace):
+        new.append(b"")  # for a comma
+    changed[brace:brace] = b",".join(new)
+    gone = {name: None for name in places if values[name] is None}
+    return with_members(changed, gone) if gone else changed  # a member may occur twice
+
+
+def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
+    """Where the member whose value spans `begin` to `end` begins and ends, with one comma."""
+    name = content.rfind(b'"', 0, content.rfind(b'"', 0, begin))
+    if content[end : end + 1] == b",":
+        return name, end + 1
+    before = len(content[:name].rstrip()) - 1
+    return (before if content[before : before + 1] == b"," else name), end
 
 
 # ══════════
@@ -3610,7 +3624,7 @@ class HeldContent:
 
 class OutboundRequest(NamedTuple):
     """A request as it is sent to a server.  One client's request can become several of these, with
-    other content (see `splice`), fields or paths."""
+    other content (see `with_members`), fields or paths."""
 
     head: RequestHead  # the client's: its method, query and protocol
     path: str  # behind a server's prefix
@@ -3664,20 +3678,6 @@ def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
 NESTED_EXTRAS = (("vllm_xargs", ""), ("sampling_params", "extra_args"))
 
 
-def refuse_nested(
-    content: Content, spans: Spans, said: Any, outer: str, inner: str
-) -> None:
-    """Raise BadMessage for a reserved member within another one."""
-    if said is None and outer in spans:  # read_members left it out as too long
-        begin, end = spans[outer]
-        with contextlib.suppress(ValueError, RecursionError):
-            said = json.loads(content[begin:end])
-    said = said.get(inner) if inner and isinstance(said, dict) else said
-    for name in RESERVED_MEMBERS if isinstance(said, dict) else ():
-        if name in said:
-            raise BadMessage(f"{name} is not for clients to say")
-
-
 OTHER_UTF = re.compile(rb"(?s)(?=.{0,3}\0|\xff\xfe|\xfe\xff)[\0\xff\xfe \t\r\n]*+\{")
 # Members in which a client could send what only servers may.
 GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_id"))
@@ -3685,12 +3685,17 @@ GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_i
 
 def refuse_guarded(content: Content, spans: Spans, members: Mapping[str, Any]) -> None:
     """Raise BadMessage if one of GUARDED_MEMBERS holds something that a client must not send."""
-    for name in RESERVED_MEMBERS:
-        if members.get(name) is not None or name in spans:
-            raise BadMessage(f"{name} is not for clients to say")
+    nested = set[str]()
     for outer, inner in NESTED_EXTRAS:
-        if outer in members or outer in spans:
-            refuse_nested(content, spans, members.get(outer), outer, inner)
+        said = members.get(outer)
+        if said is None and outer in spans:  # read_members left it out as too long
+            with contextlib.suppress(ValueError, RecursionError):
+                said = json.loads(content[slice(*spans[outer])])
+        said = said.get(inner) if inner and isinstance(said, dict) else said
+        nested.update(said if isinstance(said, dict) else ())
+    for name in RESERVED_MEMBERS:
+        if members.get(name) is not None or name in spans or name in nested:
+            raise BadMessage(f"{name} is not for clients to say")
     said = members.get("request_id", None if "request_id" in spans else "")
     if said is None or (isinstance(said, str) and ENGINE_HANDLES.search(said)):
         raise BadMessage("request_id is too long, or names engines, which is not for clients")
@@ -4181,12 +4186,10 @@ class AnswerJudge:
         head, fault, terms = self.head, self.fault, self.terms
         if head.status >= 400 and fault is not Fault.DECLINED and says_busy(head, said):
             return Fault.SERVER_BUSY
-        fault = fault or bad_answer(head.status, said, terms.notation)
-        if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not terms.has_larger:
-            return None
-        if fault is None and head.status == 500 and terms.wants_second_opinion:
-            return Fault.SERVER_FAILED
-        return fault
+        if (fault := fault or bad_answer(head.status, said, terms.notation)) is None:
+            doubtful = head.status == 500 and terms.wants_second_opinion
+            return Fault.SERVER_FAILED if doubtful else None
+        return fault if terms.has_larger or fault is not Fault.CONTEXT_LENGTH_EXCEEDED else None
 
 
 # The members of `usage` that count tokens: the kind of tokens, and a member within, if any.
@@ -5000,17 +5003,6 @@ def within_budget(document: Shape, tokens: int) -> Shape | None:
         given["max_tokens"] = COMPLETION_TOKENS
     left = {name: value - tokens for name, value in given.items()}
     return None if any(value < 1 for value in left.values()) else {**document, **left}
-
-
-def with_seed(content: Content, seed: int) -> bytes:
-    """A JSON object with that seed added, or in place of a null."""
-    content = bytes(content)
-    spans = member_spans(content, ("seed",)) if b'"seed"' in content else {}
-    begin, end = spans.get("seed", (0, 0))
-    if end:
-        return b"%b%d%b" % (content[:begin], seed, content[end:])
-    at = content.index(b"{") + 1
-    return b'%b"seed":%d,%b' % (content[:at], seed, content[at:])
 
 
 # ══════════
@@ -7591,11 +7583,8 @@ class RetryBudget:
         return self._seconds[-1]
 
     def came(self, now: float) -> None:
-        """A request has come."""
-        if self._seconds and self._seconds[-1][0] == int(now):  # the usual, without a call
-            self._seconds[-1][1] += 1
-        else:
-            self._second(now)[1] += 1
+        """Count a request."""
+        self._second(now)[1] += 1
 
     def spend(self, now: float, share: float) -> bool:
         """Count one more retry if the budget allows it.  Returns whether it does."""
@@ -8358,13 +8347,12 @@ USUAL_PATHS = frozenset(f"/v1/{name}" for name in (
 
 
 def unknown_path(v: Visit) -> Refusal | None:
-    why = "not served on this port"
+    why = "not served on this port."
     if v.kind is Kind.NOTHING:
-        why = "neither an inference path of vLLM nor one of ours"
+        why = "neither an inference path of vLLM nor one of ours."
         if (meant := "/v1/" + v.head.path.strip("/")) in USUAL_PATHS:
-            why += f". Did you mean {meant}?"
-            return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}")
-    return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}.")
+            why += f" Did you mean {meant}?"
+    return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}")
 
 
 def foreign_page(v: Visit) -> Refusal | None:
@@ -13107,7 +13095,8 @@ class Exchange:
                 and first_prospect(call, self.head, to.path, s).wants_seed):
             seed = self.core.draw.getrandbits(31)
             self.call = call = call._replace(asks={**(call.asks or {}), "seed": seed})
-            self.body.keep(content := with_seed(content, seed))
+            self.body.keep(content := with_members(
+                content, {"seed": b"%d" % seed}, None if b'"seed"' in content else {}))
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         fields, key_lines = forwarded_fields(
@@ -17779,33 +17768,6 @@ def has_builtin_tools(tools: Any) -> bool:
         not isinstance(one, dict) or one.get("type") != "function" for one in tools)
 
 
-def with_members(content: Content, values: Mapping[str, bytes | None]) -> Content:
-    """A copy of a JSON object with these values of members: None removes one, a missing one is put
-    in front.  Every other byte stays."""
-    changed, spans = bytearray(content), member_spans(content, values)
-    for name in sorted(spans, key=lambda name: -spans[name][0]):
-        begin, end = spans[name]
-        if (value := values[name]) is None:
-            begin, end = whole_member(changed, begin, end)
-        changed[begin:end] = value or b""
-    new = [b'"%b":%b' % (name.encode(), value) for name, value in values.items()
-           if value is not None and name not in spans]
-    brace = changed.find(b"{") + 1
-    empty = changed[brace:].lstrip()[:1] == b"}"
-    changed[brace:brace] = b",".join(new) + b"," * (bool(new) and not empty)
-    gone = {name: None for name in spans if values[name] is None}
-    return with_members(changed, gone) if gone else changed  # a member may occur twice
-
-
-def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
-    """Where the member whose value spans `begin` to `end` begins and ends, with one comma."""
-    name = content.rfind(b'"', 0, content.rfind(b'"', 0, begin))
-    if content[end : end + 1] == b",":
-        return name, end + 1
-    before = len(content[:name].rstrip()) - 1
-    return (before if content[before : before + 1] == b"," else name), end
-
-
 def prefill_content(content: Content, shape: LegShape, params: Document | None) -> Content:
     values: dict[str, bytes | None] = {"stream": b"false", "stream_options": None}
     for name in LEG_LIMITS[shape.path]:
@@ -17815,7 +17777,7 @@ def prefill_content(content: Content, shape: LegShape, params: Document | None) 
         values["max_completion_tokens"] = b"1"
     if params is not None:
         values["kv_transfer_params"] = compact(params)
-    return with_members(content, values)
+    return with_members(bytearray(content), values)
 
 
 class Shared(NamedTuple):
@@ -18020,7 +17982,7 @@ class Connector:
     def decode_leg(self, content: Content, shared: Shared, said: bytes) -> tuple[Content, bool]:
         """The content of a decode leg, and whether it uses the prefill leg's blocks."""
         if params := self.decode_params(shared, said):
-            content = with_members(content, {"kv_transfer_params": params})
+            content = with_members(bytearray(content), {"kv_transfer_params": params})
         return content, bool(params) or self.paired_by_id
 
 
