@@ -17543,7 +17543,7 @@ def operated(
 ) -> dict[str, dict[str, Endpoint]]:
     """Endpoints that carry out operations, by path and method."""
     return {path: {method: Endpoint(
-        kind, functools.partial(run_operation, operate), True,
+        kind, functools.partial(run_operation, operate), kind is not Kind.STATUS,
         " ".join((operate.__doc__ or "remove the server with ?url= by hand").partition(
             ".  Raises")[0].split()))
         for method, operate in rows.items()} for path, rows in paths.items()}
