@@ -16054,8 +16054,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 # ══════════
 #  75  pods
 #
-# Of an object only what makes servers is kept, by its uid: the same name or address under another
-# uid is another pod.
+# Of an object only what makes servers is kept, by its uid; another uid is another pod.
 
 ANNOTATION_PREFIX = "mvllm-lite/"
 ANNOTATED = (  # the keys of its servers that a pod may set
@@ -16394,8 +16393,7 @@ class Listing:
 
     def failed(self, failure: ApiFailure, draw: random.Random) -> float:
         """Note a failure, and list anew where the API cannot go on from the version reached; known
-        objects stay until that list is complete.  Returns the pause until the next question, in
-        seconds."""
+        objects stay until that list is complete.  Returns the pause from now on, in seconds."""
         self.failures, self._failed_verb = self.failures + 1, self.verb
         label = str(failure.status or "no answer")
         self.errors[label] = self.errors.get(label, 0) + 1
@@ -16747,8 +16745,7 @@ class Watch:
 
 
 class Watches:
-    """All watches, and the servers they find together.  One that `before` had goes on from
-    there."""
+    """All watches, and the servers they find.  One that `before` had goes on from there."""
 
     def __init__(self, core: Core, wanted: ClustersWanted, before: Watches | None = None) -> None:
         self._core = core
@@ -17061,8 +17058,7 @@ class Registrar(Enum):
 Placing = Callable[[str], tuple[str, str]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Registration:
+class Registration(NamedTuple):
     """Times are monotonic."""
 
     id: str  # the worker_id it chose, or its address
@@ -17126,15 +17122,15 @@ class RegistrationBook:
             text = f"the limit of {REGISTRATIONS_LIMIT} registrations is reached"
             raise BadMessage(text, Fault.NO_RESOURCES)
         began = old.registered_at if old else now
-        new = self.by_id[new.id] = dataclasses.replace(new, registered_at=began, seen_at=now)
-        changed = old is None or dataclasses.replace(old, seen_at=now) != new
+        new = self.by_id[new.id] = new._replace(registered_at=began, seen_at=now)
+        changed = old is None or old._replace(seen_at=now) != new
         if changed:
             self._tell()
         return changed
 
     def heard(self, registrar: Registrar, now: float) -> None:
         """Count all who registered that way as heard just now."""
-        self.by_id |= {one.id: dataclasses.replace(one, seen_at=now)
+        self.by_id |= {one.id: one._replace(seen_at=now)
                        for one in self.by_id.values() if one.registrar is registrar}
 
     def remove(self, *gone: str) -> None:
@@ -17168,8 +17164,8 @@ class RegistrationBook:
         for one in document:
             placed = {host: (str(to), str(pin)) for host, (to, pin) in one["placed"].items()}
             new = parse_registration(one["said"], Registrar(one["registrar"]), placed.__getitem__)
-            found[new.id] = dataclasses.replace(
-                new, registered_at=now - one["age_s"], seen_at=now - one["silent_s"])
+            found[new.id] = new._replace(
+                registered_at=now - one["age_s"], seen_at=now - one["silent_s"])
         self.by_id |= found
         self._tell()
 
@@ -17432,9 +17428,10 @@ def name_in(asked: Asked, suffix: str = "") -> str:
 
 async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
     """with /heartbeat: it is still there; the content replaces what it registered before"""
-    if asked.head.path.rstrip("/").endswith("/unregister"):
+    verb = asked.head.path.rstrip("/").rpartition("/")[2]
+    if verb == "unregister":
         return await unregister(core, asked)
-    if not asked.head.path.rstrip("/").endswith("/heartbeat"):
+    if verb != "heartbeat":
         raise LookupError("POST is for /workers/register, and /heartbeat below a worker.")
     registrations, place = Registrations.of(core), None
     one = registrations.book.find(name_in(asked, "/heartbeat"))
@@ -17444,7 +17441,7 @@ async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
         if more.keys() & {*URL_KEYS, "zmq_address"}:
             place = (await peer_of(asked, said)).place
         new = parse_registration(said, one.registrar, place or one.placed.__getitem__)
-        one = dataclasses.replace(new, id=one.id)
+        one = new._replace(id=one.id)
     registrations.take(one)
     return {"status": "success", "message": f"{one.id} is there", "ttl_s": one.ttl_s}
 
@@ -17582,7 +17579,7 @@ class ZmqListener:
         self._told: dict[tuple[str, str], float] = {}  # warnings given, and when
 
     def tell(self, host: str, text: str) -> None:
-        """Warn once of each thing, and of at most ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill the
+        """Warn once of each thing, and of ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill the
         disk."""
         now, told = loop_time(), self._told
         if len(told) >= ZMQ_TOLD and now > told[(oldest := next(iter(told)))] + ZMQ_TOLD_S:
@@ -17703,10 +17700,9 @@ def zmq_open_line(s: Settings) -> str:
 # ══════════
 #  82  legs
 #
-# One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
-# their answers become one.  The prefill leg is the client's request, changed only in the members
-# that make it end after one token, which is discarded.  The decode leg is the client's bytes with
-# one member put in front.
+# One vLLM reads the prompt, another writes the answer.  The prefill leg is the client's request,
+# changed only in the members that make it end after one token, which is discarded.  The decode leg
+# is the client's bytes with one member put in front.
 
 # By path, the members that end a prefill leg after one token.  `min_tokens` keeps that token from
 # ending the sequence, after which some connectors drop the blocks.  To add a path: add a row.
@@ -18097,7 +18093,6 @@ def engines_in(content: bytes) -> dict[str, str]:
 # ══════════
 #  84  splitting
 #
-# A plan says which server reads the prompt, which one answers, and what follows when either fails.
 # Transferred blocks are never used twice.  A request that cannot or need not be split is sent whole
 # to a server that decodes.
 
@@ -18279,8 +18274,8 @@ def introduced(split: Split, ranking: Ranking) -> Course:
 
 
 def both_legs(split: Split, leg: Leg, decode: Ranking) -> Course:
-    """The outcome of the decode leg, sent with the prefill leg or after it; or the latter's, if it
-    failed."""
+    """The outcome of the decode leg, sent with the prefill leg or after it; or that of a failed
+    one."""
     assert leg.shared is not None
     place, split.lease = split.lease, None
     if leg.shared.at_once:
@@ -18342,8 +18337,8 @@ def replanned(plan: Plan, way: Callable[[Any], Course]) -> Plan:
 
 
 def resumed(split: Split, plan: Plan) -> Plan:
-    """A plan for one server, but two continue a broken stream whose prompt is long and has to be
-    read again."""
+    """A plan for one server, but two continue a broken stream with a long prompt to be read
+    again."""
     return replanned(plan, functools.partial(resumed_step, split))
 
 
@@ -18699,7 +18694,7 @@ class PrefillDecode:
         return others if version and same else set()
 
     def unproven(self) -> set[str]:
-        """The servers that registered without a key: a made-up handle may kill the engine that gets
+        """Those that registered without a key: a made-up handle may kill the engine that gets
         it."""
         keeper, entries = self.core.roster.keepers.get(Source.REGISTERED), self.core.roster.entries
         registered = keeper.book.by_id.values() if isinstance(keeper, Registrations) else ()
@@ -18725,8 +18720,8 @@ class PrefillDecode:
         return [self.choose(x, split, "prefill", frozenset()), decode]
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
-        """As `Learn`.  Requests that need it at the same time share one answer, or wait in vain
-        only once."""
+        """As `Learn`.  Requests that need it at once share one answer, or wait in vain only
+        once."""
         self.forget_gone()
         if (known := self.memory.get(server.id)) is not None:
             return Outcome(more=known)
@@ -19302,8 +19297,8 @@ def worth(seat: Seat) -> tuple[float, ...]:
 
 def movable(seat: Seat, wanting: ModelSettings, demands: Demands, mates: int) -> bool:
     """Whether an instance may be moved for a model that wants its place; `mates` of its own model
-    run.  An idle one may after MIN_STAY_S, one in use after TURN_S if the other model's requests
-    have waited as long."""
+    run.  An idle one may after MIN_STAY_S, one in use after TURN_S if the others have waited as
+    long."""
     own, other = demands.get(seat.alias, NO_DEMAND), demands.get(wanting.alias, NO_DEMAND)
     if seat.alias == wanting.alias or seat.leaving or (
             wanting.together and wanting.group and seat.model.group == wanting.group):
@@ -19855,8 +19850,7 @@ def adopted_child(pid: int, started: int) -> Child:
 
 
 def container_memory_gb(folder: str) -> float:
-    """What a container may still use, by cgroup v2, without cached files, which give way; infinity
-    if unknown."""
+    """What a container may still use, by cgroup v2; cached files give way.  Infinity if unknown."""
     with contextlib.suppress(SettingsError, ValueError):
         limit, used, text = (str(read_regular_file(f"{folder}/memory.{name}"), "ascii")
                              for name in ("max", "current", "stat"))
@@ -19941,8 +19935,7 @@ async def try_fetch(
 async def fetch_json(
     client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
 ) -> dict[str, Any]:
-    """An answer in JSON.  Raises PeerGone, which begins with `name`, and has the peer's words if it
-    refuses."""
+    """Raises PeerGone, which begins with `name`, and has the peer's words if it refuses."""
     try:
         status, said = await client.fetch(path, timeout_s, content)
         document = read_members(said, None)
@@ -20575,8 +20568,8 @@ class StateFile:
 
 
 class Uses:
-    """When models and instances were last used, which requests wait for them, and since when their
-    load is high or low."""
+    """When models and instances were last used, who waits for them, and since when load is high or
+    low."""
 
     def __init__(self) -> None:
         self.used_at: dict[str, float] = {}  # by alias, and by instance
@@ -20876,8 +20869,7 @@ class ModelPool(Holdings):
                 await self._changed.wait()
 
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
-        """This machine's agent, and what a predecessor has left it: models registered then, and
-        what runs."""
+        """This machine's agent, and what a predecessor has left it: models, and what runs."""
         s, saved = self.core.settings, {}
         try:
             saved = self.state.load()
@@ -20916,8 +20908,8 @@ class ModelPool(Holdings):
         return agent
 
     async def successor_s(self, name: str) -> ManagedHost:
-        """What a successor says of this machine's instances.  It is asked to start or wake what
-        requests here wait for."""
+        """What a successor says of this machine's instances.  It is asked to have run what requests
+        here wait for."""
         url, secrets = self.core.process.own_url, self.core.pools.secrets
         key = self.key or next((word for one, word in secrets.keys if one.admin), "")
         server, host = ServerSettings(url, verify=False, api_key=key), ManagedHost(name, url, key)
@@ -21187,8 +21179,7 @@ class FollowedPool(ModelPool):
         self.finish_step()
 
     def take(self, models: Any) -> None:
-        """Take a report of models, all or nothing.  Raises SettingsError, or whatever a malformed
-        one causes."""
+        """All or nothing.  Raises SettingsError, or whatever a malformed report causes."""
         registered, hosts, leaving = dict[str, ModelSettings](), dict[str, Any](), set[str]()
         for one in models:
             said = {key: value for key, value in one["config"].items() if key in MODEL_FIELDS}
@@ -21617,8 +21608,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 #  100  worker
 #
 # `worker` is a balancer whose only servers are its own instances, each below /proxy/, and which
-# does what its manager says.  When it stops, its instances run on, and its successor takes them
-# over.
+# does what its manager says.  When it stops, they run on, and its successor takes them over.
 
 REGISTER_S = 5.0  # between two registrations, which are heartbeats too
 AGENT_TTL_S = 20.0
@@ -21863,8 +21853,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 class Style(Enum):
     """The meaning of a piece of text, and its looks: a colour of the terminal's palette (-1: the
-    default), whose background may be light or dark; and an attribute of curses, which shows without
-    colours, too."""
+    default) on any background, and an attribute of curses, which shows without colours, too."""
 
     PLAIN = -1, "A_NORMAL"
     DIM = -1, "A_DIM"
@@ -21943,8 +21932,7 @@ def cells(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """Text without control characters, and without what would change the direction or the width of
-    its neighbours."""
+    """Text without control characters, and what would change its neighbours' direction or width."""
     if text.isascii() and text.isprintable():
         return text
     text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
@@ -22114,8 +22102,7 @@ def sparkline(history: Sequence[float | None]) -> str:
 # ══════════
 #  102  table
 #
-# A server of a status document in, a line of styled text out.  Whatever a colour says, a word or a
-# number says too.
+# A server in, a line of styled text out.  Whatever a colour says, a word or a number says too.
 #
 # To add a column: a row in COLUMNS, which has the order on the screen.
 
@@ -22208,8 +22195,7 @@ SORTS: dict[str, Callable[[Document], Any]] = {
 
 
 def listed_servers(ui: Ui, status: Document) -> list[Document]:
-    """The servers that pass the filter, sorted.  Each word of it must be in a server's name, state
-    or models."""
+    """Those that pass the filter, each word of which is in the name, state or models; sorted."""
     words = (ui.filter if ui.typed is None else ui.typed).lower().split()
 
     def said(server: Document) -> str:
@@ -22782,8 +22768,7 @@ def settle(ui: Ui, status: Document, size: Size) -> Ui:
 
 
 def drawn(status: Document, ui: Ui, size: Size) -> list[Line]:
-    """A cleaned status and a settled Ui: a line for each row of the terminal, none wider than
-    it."""
+    """Of a cleaned status and a settled Ui, a line for each row of the terminal, none too wide."""
     if ui.mode is Mode.LIST:
         lines = list_lines(status, ui, size)
     else:
@@ -22937,8 +22922,7 @@ KEY_NAMES = {
 
 
 def key_of(sent: str) -> str:
-    """The name of the key that curses calls so, or that sends a character; '' if it means
-    nothing."""
+    """The name of a key that curses calls so, or that sends that character; '' if it has none."""
     return KEY_NAMES.get(sent, sent if len(sent) == 1 and sent.isprintable() else "")
 
 
@@ -22995,8 +22979,7 @@ def known_terminal(curses: Any, name: str) -> str:
 
 
 def run_screen(sock: socket.socket, remote: bool) -> str:
-    """Show the screen until the reader leaves or the socket is closed.  Returns why it failed, or
-    ''."""
+    """Show the screen until the reader leaves or the socket is closed.  Returns why it failed."""
     try:
         import curses
     except ImportError:
@@ -23193,8 +23176,8 @@ class ScreenProcess:
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
-        """Start it, in a task.  `act` gets the actions that keys ask for; `hold`, whether it has
-        the terminal to itself."""
+        """`act` gets the actions that keys ask for; `hold`, whether it has the terminal to
+        itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
         self.why = ""  # it has ended
         self.leave = b""  # restores the terminal
@@ -23604,7 +23587,7 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
   models: [d => list(d.models), [at("Model", "model"), at("State", "state"),
     ["Servers", m => `${num(m.healthy)} of ${num(m.servers)}`, 1],
     ...[OURS, ...RATES, ...TIMES, ERRORS].map(figure => at(...figure))]],
-  requests: [d => list((d.requests || {}).running).concat(list((d.requests || {}).ended)),
+  requests: [d => list(d.requests?.running).concat(list(d.requests?.ended)),
     [["Time", r => wait(known(r.age_s) ? r.age_s : r.duration_s), 1],
     ["Server", r => (r.prefill ? host(r.prefill) + " → " : "") + host(r.server)],
     at("Model", "model"), at("Key", "key"), at("Tokens", "tokens", whole),
@@ -23614,7 +23597,7 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
   keys: [d => list(d.keys), [["Key", k => text(k.name) || "(no key)"],
     at("Requests", "requests", whole), at("Prompt tokens", "prompt", whole),
     at("Cached", "cached", whole), at("Completion", "completion", whole)]],
-  pool: [d => list((d.services || {}).models).map((m, i, all) =>
+  pool: [d => list(d.services?.models).map((m, i, all) =>
     ({ ...m, acts: i && all[i - 1].model === m.model ? [] : list(m.acts) })),
     [at("Model", "model"), at("State", "state"), at("Where", "where"), at("GB", "gb", rate),
     at("Since", "since_s", lasts), at("Idle", "idle_s", lasts), at("Wait", "waiting", whole),
@@ -23641,7 +23624,7 @@ function showView() {
     const name = button.textContent.toLowerCase();
     button.setAttribute("aria-pressed", String(name === view));
     button.hidden = name === "settings" ? !mayOperate
-      : name === "pool" && !list(((last || {}).services || {}).models).length;
+      : name === "pool" && !list(last?.services?.models).length;
   }
   $("servers").hidden = view !== "servers";
   $("view").hidden = view === "servers";
@@ -23855,7 +23838,7 @@ async function ask(method, path, limit_ms) {
 function start() {  // anew, or not: nobody looks at a hidden tab
   run += 1;
   clearTimeout(timer);
-  if (source) source.close();
+  source?.close();
   if ($("pause").checked) lost("Paused"); else if (!document.hidden) poll(run);
 }
 
@@ -23870,7 +23853,7 @@ async function poll(mine) {
     if (!locked && !key && Date.now() >= streamAfter) return stream(mine);
   } catch (error) {
     if (mine !== run) return;
-    lost(answer && answer.ok ? `This page failed (${error.message})` : "Connection lost");
+    lost(answer?.ok ? `This page failed (${error.message})` : "Connection lost");
   }
   timer = setTimeout(poll, POLL_MS, mine);
 }
@@ -23904,7 +23887,7 @@ function complaint(answer) {
   let found = answer.raw;
   try {
     const said = JSON.parse(found);
-    found = said.error && said.error.message || said.error || said.message || found;
+    found = said.error?.message || said.error || said.message || found;
   } catch (error) { /* no JSON: as it is */ }
   return `${answer.status}: ${text(found).slice(0, 500)}`;
 }
@@ -24092,8 +24075,7 @@ SECRET_CHECKS = secret, optional_secret
 
 
 def effective_rows(s: Settings, hidden: Collection[Clean]) -> Iterator[tuple[str, str, int | str]]:
-    """Each key of [config], its value and its origin.  A value with a check in `hidden` only shows
-    that it is set."""
+    """Each key of [config], its value and its origin.  A check in `hidden` hides the value."""
     for key, field in CONFIG_FIELDS.items():
         value = getattr(s, key)
         shown_value = '"…"' if value and field.metadata["check"] in hidden else toml_word(value)
@@ -24609,14 +24591,13 @@ def prometheus_topic() -> str:
 
 QUANTILE = "histogram_quantile({}, sum by (le) (rate({}_bucket[5m])))".format
 PANELS = (  # title, unit, (expression, legend) of each line
-    ("Requests by status", "reqps", ("sum by (status) (rate(mvllm_requests_total[1m]))",
-                                     "{{status}}")),
-    ("Requests by server", "reqps", ("sum by (server) (rate(mvllm_requests_total[1m]))",
-                                     "{{server}}")),
+    *((f"Requests by {label}", "reqps", (
+        f"sum by ({label}) (rate(mvllm_requests_total[1m]))", f"{{{{{label}}}}}"))
+      for label in ("status", "server")),
     ("Failed attempts", "reqps",
      ('sum by (server, result) (rate(mvllm_attempts_total{result!~"ok|abandoned"}[5m]))',
-      "{{server}} {{result}}"), ("sum by (reason) (rate(mvllm_retries_total[5m]))",
-                                 "retried {{reason}}")),
+      "{{server}} {{result}}"),
+     ("sum by (reason) (rate(mvllm_retries_total[5m]))", "retried {{reason}}")),
     ("Time to first token", "s",
      *((QUANTILE(share, "mvllm_time_to_first_token_seconds"), f"p{share * 100:g}")
        for share in (0.5, 0.95, 0.99))),
@@ -24944,8 +24925,8 @@ class KvCache:
             self._users[link] = self._users.get(link, 0) + 1
 
     def free(self, links: Sequence[Link]) -> None:
-        """End a request's use of links.  Later ones are evicted first, being useless without the
-        earlier ones."""
+        """End a request's use of links.  Later ones, useless without earlier ones, are evicted
+        first."""
         for link in reversed(links):
             self._users[link] -= 1
             if not self._users[link]:
@@ -25174,8 +25155,7 @@ class Engine:
 # ══════════
 #  113  replay
 #
-# What would another policy have done, or one more server?  The times come from a model: compare
-# only the rows of one table.
+# The times come from a model: compare only the rows of one table.
 
 NETWORK_S = 0.002  # one way, including the balancer
 TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 10 GB/s
@@ -25197,8 +25177,8 @@ class PolicyRouter:
         self.reading = dict[int, Lease]()  # at servers that read a prompt for another
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
-        """The server for a request, or a pair: who reads its prompt and who answers.  None leaves
-        it in the queue."""
+        """The server for a request, or a pair: who reads and who answers.  None leaves it in the
+        queue."""
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
             arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, first_hash=opening)
@@ -25452,8 +25432,7 @@ def positive_whole(word: str) -> Any:
 
 
 def engine_kind(word: str) -> tuple[str, EngineKind]:
-    """The word, and the engine kind that it names or gives the capacity of.  Raises
-    ArgumentTypeError."""
+    """The word, and the kind that it names or gives the capacity of.  Raises ArgumentTypeError."""
     if word in ENGINE_KINDS:
         return word, ENGINE_KINDS[word]
     if word.isdecimal() and 0 < int(word) < 10000:
@@ -25551,8 +25530,8 @@ def replayed_fleet(
 
 
 def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
-    """The settings to compare, by name: as they are (None), or without roles and with some.  {} if
-    there are too few servers."""
+    """The settings to compare, by name: as they are (None), or without roles and with some; {} with
+    too few servers."""
     if wanted is None:
         return {"": s}
     count, variants = len(s.servers), {}
@@ -25609,8 +25588,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 # ══════════
 #  115  canned words
 #
-# Refusals in vLLM's words (captured from 0.32); otherwise random words, a tool's call, or JSON that
-# fits a schema.
+# Refusals in vLLM 0.32's words; otherwise random words, a tool's call, or JSON to fit a schema.
 
 SIMULATED_LENGTH = 8192  # max_model_len
 WORDS = (
@@ -25731,8 +25709,7 @@ def fitting(schema: Any, known: Document | None = None, depth: int = 0) -> Any:
 
 
 class Script(NamedTuple):
-    """The tokens of an answer, as texts, for each choice; with a `tool`, the arguments of its
-    call."""
+    """The tokens of an answer, as texts, for each choice; with a `tool`, its arguments."""
 
     choices: list[list[str]]
     tool: str = ""
@@ -26133,8 +26110,7 @@ REPLIES: dict[str, Callable[[Document, str, str], Any]] = {
 #  117  simulation
 #
 # It streams words at a realistic pace, queues requests beyond its capacity, slows down as it fills
-# up, and reports its load in /metrics.  POST /simulate {"mode": …} makes it fail, hang, slow down
-# or break its answers off.
+# up, and reports its load.  POST /simulate {"mode": …} makes it fail, hang, slow down or break off.
 
 MODES = ("ok", "fail", "hang", "slow", "cut")
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
@@ -26323,8 +26299,7 @@ def simulated_metrics(server: SimulatedServer, *_: Any) -> tuple[int, Any]:
 
 
 # All other answers by path and method: functions of (server, head, wanted) that return a status,
-# and text or JSON.  A last part {id} stands for any.  /query is what Mooncake's bootstrap server
-# answers, on a port of its own.
+# and text or JSON.  A last part {id} stands for any; /query is Mooncake's bootstrap server's.
 PAGES: dict[str, dict[str, Callable[..., tuple[int, Any]]]] = {
     "/health": {"GET": lambda *_: (200, "")}, "/ping": {"GET": lambda *_: (200, "")},
     "/metrics": {"GET": simulated_metrics}, "/simulate": {"POST": simulated_mode},
@@ -26444,7 +26419,6 @@ class Generation:
 #  118  understudy
 #
 # `simulate-vllm` has the options, start time, sleep and ways to die of `vllm serve`, but no GPU.
-# `demo --pool` runs a pool of them.
 
 SIMULATED_KIND = Simulated(16, 0.01, 20000)
 # A server's engine outlives it, as vLLM's does, but only by a minute.
@@ -27331,8 +27305,7 @@ def answer_words(status: int, said: bytes) -> str:
 async def try_pairs(
     s: Settings, servers: Sequence[ServerSettings], found: Sequence[Examined], secrets: Secrets
 ) -> tuple[list[tuple[str, list[Finding]]], list[Finding]]:
-    """A line and findings for each pair that should work, and findings about servers without
-    one."""
+    """A line and findings for each pair that should work, and findings on servers without one."""
     fleet = Fleet()
     fleet.apply(servers, 0.0)
     known = {server.id: one for server, one in zip(servers, found) if one.usable}
@@ -27354,8 +27327,7 @@ async def try_pairs(
 # ══════════
 #  122  check config
 #
-# All servers that the settings name or find, the models that could start here, and the settings in
-# force.
+# All servers that the settings name or find, models that could start here, and settings in force.
 
 
 def total_capacity(servers: Sequence[ServerSettings]) -> str:
