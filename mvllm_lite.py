@@ -15948,7 +15948,7 @@ def in_thread(work: Callable[..., Result], *about: Any) -> asyncio.Future[Result
     def run() -> None:
         try:
             settle = functools.partial(done.set_result, work(*about))
-        except Exception as error:  # whatever it is, whoever awaits the result must learn of it
+        except Exception as error:  # whoever awaits the result must learn of it
             settle = functools.partial(done.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
             loop.call_soon_threadsafe(lambda: done.done() or settle())
@@ -16046,9 +16046,8 @@ async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list
     return servers, lines
 
 
-@service("names", operator.attrgetter("names"), Source.DNS, preview_names)
-async def follow_names(core: Core, wanted: NamesWanted) -> None:
-    await NameFollower(core, wanted).run()
+service("names", operator.attrgetter("names"), Source.DNS, preview_names)(
+    lambda core, wanted: NameFollower(core, wanted).run())
 
 
 # ══════════
@@ -16144,7 +16143,7 @@ def first_reason(leaving: bool, *reasons: str) -> str:
 
 def read_pod(pod: Any) -> tuple[Pod, ...]:
     phase = string_at(pod, "status", "phase") or "unknown"
-    addresses = [string_at(pod, "status", "podIP")]  # the first of its addresses, if it has two
+    addresses = [string_at(pod, "status", "podIP")]  # the first, if it has two
     addresses += [string_at(one, "ip") for one in objects_at(pod, "status", "podIPs")]
     address = next(filter(None, addresses), "")
     ready = next((one for one in objects_at(pod, "status", "conditions")
@@ -16229,7 +16228,7 @@ def watches_of(table: KubernetesSettings) -> list[Watched]:
 
 
 class Offer(NamedTuple):
-    """The servers of a pod, by id, or why it has none; and what is wrong with its annotations."""
+    """Of a pod: its servers by id, or why it has none; what is wrong with its annotations."""
 
     servers: Mapping[str, ServerSettings]
     why_not: str = ""
@@ -16305,7 +16304,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 # A list is taken page by page, then a watch keeps it up to date.  Each event stands by itself, a
 # new list repairs whatever was missed, and while the API is silent everything stays as last known.
 
-PAGE_OBJECTS = 100  # a pod is 5 to 60 kB, and a page of them is parsed in one turn of the loop
+PAGE_OBJECTS = 100  # of 5 to 60 kB, parsed in one turn of the loop
 WATCH_S = (240, 290)  # proxies cut idle streams after 300
 PAUSE_LIMIT_S = 30.0
 RETRY_AFTER_LIMIT_S = 300.0
@@ -16353,7 +16352,7 @@ class Listing:
         return self.what.path(watch=1, **since, allowWatchBookmarks="true", timeoutSeconds=watch_s)
 
     def take_page(self, page: Any) -> ApiFailure | None:
-        """Take a page of the list.  The last one completes it, and objects in no page are gone."""
+        """The last page completes the list, and objects in no page are gone."""
         if not isinstance(member_at(page, "items"), (list, type(None))) or not isinstance(
                 member_at(page, "metadata"), dict):
             return ApiFailure(0, "its answer is not a list of Kubernetes objects")
@@ -16367,7 +16366,7 @@ class Listing:
         return None
 
     def take_event(self, event: Any) -> ApiFailure | None:
-        """Take a line of a watch: one object as it is now, or as it last was."""
+        """An event has an object as it is now, or as it last was."""
         kind, one = string_at(event, "type"), member_at(event, "object")
         if not kind:
             return ApiFailure(0, "it sent a line that is not a watch event")
@@ -16454,7 +16453,7 @@ class Lines:
         self._rest = bytearray()
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The lines that this piece completes.  Raises BadMessage for one that is too long."""
+        """Raises BadMessage for a line that is too long."""
         end = piece.rfind(b"\n")
         if end < 0:
             self._rest += piece
@@ -16601,7 +16600,7 @@ class ApiServer(HttpClient):
 
     def __init__(self, cluster: Cluster, begun: Callable[[], object]) -> None:
         super().__init__(ServerSettings(cluster.url))
-        self.cluster, self._begun = cluster, begun  # which is called when a good answer begins
+        self.cluster, self._begun = cluster, begun  # called when a good answer begins
         self.head: ResponseHead | None = None  # of the last answer
         self._context = cluster_context(cluster) if self.is_tls else None
         self.key_line = f"User-Agent: mvllm_lite/{__version__}\r\n"
@@ -16672,7 +16671,7 @@ class Watch:
         return self._api
 
     def _answered(self) -> None:
-        """A good answer has begun.  That is news by itself: a watch may then be silent for long."""
+        """That a good answer begins is news: a watch may then be silent for long."""
         listing, was = self.listing, self.listing.trouble
         listing.answered(listing.verb, loop_time(), proven=False)
         if was and not listing.trouble:
@@ -16718,7 +16717,7 @@ class Watch:
         """A page or an event was taken."""
         listing, known = self.listing, self.offers
         listing.answered(verb, loop_time(), proven)
-        if not listing.lists:  # an incomplete list does not tell what is gone
+        if not listing.lists:  # half a list does not tell what is gone
             return
         self.offers = offers_of(listing.pods(), listing.what, self._pools, known)
         if self.offers != known or listing.lists == 1:
@@ -16848,7 +16847,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 ZMTP_MORE, ZMTP_LONG, ZMTP_COMMAND = 1, 2, 4  # flags of a frame; the others are 0
 ZMTP_PEERS = (b"DEALER", b"REQ", b"ROUTER")  # sockets that a ROUTER talks with
-ZMTP_MESSAGE_BYTES = 4096  # of all frames of a message; a registration has 150
+ZMTP_MESSAGE_BYTES = 4096  # of a message; a registration has 150
 ZMTP_FRAMES = 8  # of a message; two are usual
 # Signature, version 3.1, mechanism, not a server; a peer may send anything in bytes 1 to 8.
 ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -16949,7 +16948,7 @@ class ZmtpPeer:
             reason, _ = split_prefixed(body, end, 1)
             raise BadMessage(f"it says ERROR: {shown(reason.decode('latin-1'))}")
         if self.identity is not None:
-            if name == b"PING":  # after its TTL comes a context, which a PONG returns
+            if name == b"PING":  # a PONG returns the context behind its TTL
                 context = body[end + 2 : end + 18]
                 self.answer += bytes((ZMTP_COMMAND, 5 + len(context))) + b"\x04PONG" + context
             return
@@ -16968,7 +16967,7 @@ MSGPACK_DEPTH = 8
 MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 MSGPACK_NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq"))  # struct's letters
 MSGPACK_SHORT = {8: "map", 9: "array", 10: "text", 11: "text"}  # by the upper half of a byte
-MSGPACK_SIZED = {  # what follows, and in how many bytes its length stands
+MSGPACK_SIZED = {  # what follows, and the bytes of its length
     0xC4: ("text", 1), 0xC5: ("text", 2), 0xC6: ("text", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2),
     0xC9: ("ext", 4), 0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4),
     0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
@@ -17064,7 +17063,7 @@ class Registration(NamedTuple):
     id: str  # the worker_id it chose, or its address
     registrar: Registrar
     said: Document  # its content, with our names for the keys
-    servers: Mapping[str, ServerSettings]  # the server it is, or those it runs now, by id
+    servers: Mapping[str, ServerSettings]  # itself, or those it runs now, by id
     url: str  # of the server; or the start of those of an agent's servers
     worker_url: str  # where the agent itself is reached
     placed: Mapping[str, tuple[str, str]]  # what its Placing returned for the hosts
@@ -17115,8 +17114,7 @@ class RegistrationBook:
         raise LookupError(f"{shown(name)} is not registered here: register it (again).")
 
     def put(self, new: Registration, now: float) -> bool:
-        """Take a new or a repeated registration.  Returns whether anything changed.  Raises
-        BadMessage when there are too many."""
+        """Returns whether anything changed.  Raises BadMessage when there are too many."""
         old = self.by_id.get(new.id)
         if old is None and len(self.by_id) >= REGISTRATIONS_LIMIT:
             text = f"the limit of {REGISTRATIONS_LIMIT} registrations is reached"
@@ -17313,11 +17311,11 @@ RESOLVE_S = 5.0  # for a name in a registration
 
 
 class Registrations:
-    """A running balancer's registrations, and the timer that ends silent ones."""
+    """With the timer that ends silent ones."""
 
     def __init__(self, core: Core) -> None:
         self.core, self.book = core, RegistrationBook()
-        self.holds_zmq = False  # true until we listen there: silence is not their fault then
+        self.holds_zmq = False  # until we listen there, silence is not their fault
         self._timer: asyncio.TimerHandle | None = None
         self.book.on_change.append(self.define)
         core.roster.keepers[Source.REGISTERED] = self
@@ -17341,7 +17339,7 @@ class Registrations:
             self.expire_by(self.book.next_expiry())
 
     def take(self, new: Registration) -> None:
-        """Take a registration, new or repeated.  Raises BadMessage."""
+        """Raises BadMessage."""
         core, known = self.core, self.book.by_id.get(new.id)
         if self.book.put(new, loop_time()) and (known is None or known.url != new.url):
             what = "agent" if new.is_agent else "server"
@@ -17684,7 +17682,7 @@ class ZmqListener:
 
 @service("registration", operator.attrgetter("registration"))
 async def take_registrations(core: Core, address: str) -> None:
-    Registrations.of(core)  # so that registrations taken over from a predecessor can expire
+    Registrations.of(core)  # those of a predecessor can expire
     if address:
         await ZmqListener(core).run(address)
 
@@ -17720,8 +17718,6 @@ LEG_FIELDS = re.compile(r"(?im)^(?:x-request-id|x-data-parallel-rank|accept-enco
 
 
 class LegShape(NamedTuple):
-    """The facts of a request's content that decide how its legs are made."""
-
     path: str
     unfit: str  # why it cannot be split, '' if it can
     logprobs: bool = False  # those of the prompt may be wanted
@@ -17737,7 +17733,7 @@ def shape_of(path: str, content: Content) -> LegShape:
         said = {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name != "prompt" or content[a:b].lstrip()[:1] == b"["}
     except (ValueError, RecursionError):
-        return LegShape(path, "content")  # a server will report what is wrong with it
+        return LegShape(path, "content")  # a server will say what is wrong
     prompt, sampling = said.get("prompt", ""), typed_member(said, "sampling_params", dict)
     several = isinstance(prompt, list) and len(prompt) != 1 and not (
         prompt and all(type(token) is int for token in prompt))
@@ -17922,7 +17918,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
 # vLLM reach the other.  One of vLLM's connectors moves them; each has a small class here.
 #
-# To add a connector: a class with @connector("name"), its name in CONNECTOR_NAMES.
+# To add a connector: a class with its name of CONNECTOR_NAMES, in CONNECTORS.
 
 MOONCAKE_PORT = 8998
 
@@ -17931,11 +17927,11 @@ class Connector:
     """What the legs say.  `said` is a JSON object with the handle from a prefill leg's answer."""
 
     name: ClassVar[str] = ""
-    passes_handles: ClassVar[bool] = True  # one engine's handle goes to another: it must be ours
+    passes_handles: ClassVar[bool] = True  # one engine's handle goes to another
     asks: ClassVar[bool] = False  # a prefill server's identity is asked before its first leg
-    pins_rank: ClassVar[bool] = False  # the prefill leg names its rank, even if there is only one
+    pins_rank: ClassVar[bool] = False  # the prefill leg always names its rank
     paired_by_id: ClassVar[bool] = False  # the legs find each other by their id alone
-    reads_late: ClassVar[bool] = False  # blocks are read even if others have taken their place
+    reads_late: ClassVar[bool] = False  # blocks are read even if others took their place
 
     def unfit(self, view: ServerView) -> str:
         """Why that server cannot be one of a pair, '' if it can."""
@@ -17982,34 +17978,19 @@ class Connector:
         return content, bool(params) or self.paired_by_id
 
 
-CONNECTORS: dict[str, Connector] = {}
-K = TypeVar("K", bound=type[Connector])
-
-
-def connector(name: str) -> Callable[[K], K]:
-    def register(kind: K) -> K:
-        kind.name = name
-        CONNECTORS[name] = kind()
-        return kind
-
-    return register
-
-
-@connector("plain")
 class PlainConnector(Connector):
     """For servers that find each other's blocks by themselves (LMCache, shared storage): one reads
     the prompt, then the other gets the request as it came."""
 
-    passes_handles = False
+    name, passes_handles = "plain", False
 
 
-@connector("nixl")
 class Nixl(Connector):
     """NixlConnector.  Pull: the prefill server's answer has a handle, which works once and is
     passed on unread.  Push, if the answer says so: the decode server says where to write.  It needs
     only a lasting identity, so after the first request both legs go at once."""
 
-    reads_late = True
+    name, reads_late = "nixl", True
     ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
              "remote_block_ids": None, "remote_host": None, "remote_port": None}
     IDENTITY = ("remote_engine_id", "remote_host", "remote_port")
@@ -18040,12 +18021,11 @@ class Nixl(Connector):
         return {**known, "tp_size": params.get("tp_size") or 1, **more}
 
 
-@connector("p2p_nccl")
 class P2pNccl(Connector):
     """P2pNcclConnector, of vLLM 0.9 to 0.22.  The legs find each other by the addresses in their
     id, so those of both servers must be known."""
 
-    passes_handles, paired_by_id = False, True
+    name, passes_handles, paired_by_id = "p2p_nccl", False, True
 
     def unfit(self, view: ServerView) -> str:
         return "" if view.settings.zmq_address else "has no zmq_address"
@@ -18055,12 +18035,11 @@ class P2pNccl(Connector):
                 f"___decode_addr_{decode.settings.zmq_address}_{token}")
 
 
-@connector("mooncake")
 class Mooncake(Connector):
     """MooncakeConnector.  The decode leg needs only the engine id of the prefill server's rank,
     which its bootstrap server knows, and nothing of its answer: both legs go at once."""
 
-    asks, pins_rank, passes_handles = True, True, False
+    name, asks, pins_rank, passes_handles = "mooncake", True, True, False
 
     def at_once(self, identity: Document | None) -> bool:
         return True
@@ -18076,6 +18055,10 @@ class Mooncake(Connector):
             "do_remote_decode": False, "do_remote_prefill": True, "transfer_id": shared.transfer,
             "remote_bootstrap_addr": identity.get("address"), "remote_engine_id":
             engines.get(rank) or next(iter(engines.values()), None)})
+
+
+CONNECTORS: dict[str, Connector] = {
+    one.name: one for one in (PlainConnector(), Nixl(), P2pNccl(), Mooncake())}
 
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
@@ -18180,16 +18163,16 @@ class Split:
     prefill: Retries = dataclasses.field(init=False)
     decode: Retries = dataclasses.field(init=False)
     plain: Retries = dataclasses.field(init=False)
-    decoder: str = ""  # the server that answers, and is not chosen to prefill
+    decoder: str = ""  # it answers, and is not chosen to prefill
     prefill_why: str = ""
-    prefill_failure: Outcome = WELL  # after which another prefill server is asked
+    prefill_failure: Outcome = WELL  # another one is asked after it
     lease: Lease | None = None  # of a place that the request waited for
     transfers: int = 0  # the number that failed
     way: Way | None = None  # how a broken stream is continued
     # State of the legs under way:
     failed: bool = False  # the prefill leg has failed
     said: Document | None = None  # what is merged of the prefill leg's answer
-    good_until: float = INFINITY  # by the loop's clock, when the blocks may be gone
+    good_until: float = INFINITY  # when the blocks may be gone
 
     def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
         assert prefill.asked is not None and decode.asked is not None
@@ -18433,7 +18416,7 @@ class PrefillAttempt(Attempt):
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
         split, now = self.leg.split, loop_time()
         if split.connector.reads_late:
-            lease_s = split.terms.kv_lease  # it began once the prompt was read, before the head
+            lease_s = split.terms.kv_lease  # since the prompt was read, before the head
             begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
             split.good_until = begun_at + LEASE_SHARE * lease_s
         split.said = {name: value for name, value in document_of(content).items()
@@ -18473,8 +18456,6 @@ class PrefillAttempt(Attempt):
 
 
 class MergingDecoder(Decoder):
-    """Decodes the content of an answer, and merges it on its way."""
-
     __slots__ = ("_inner", "_merger")
 
     def __init__(self, inner: Decoder, merger: Merger) -> None:
@@ -18495,9 +18476,9 @@ class DecodeAttempt(Attempt):
         self.leg: Leg = self.step  # type: ignore[assignment]
         if self.leg.shared is not None:
             self.prefill = self.leg.shared.prefill.name
-        self.refused = 0  # the status with which its server refused the handle
+        self.refused = 0  # the status that refused the handle
         self.late = False  # it may be nonsense, as the blocks may be gone
-        self.shown = self.begun = False  # the engine is known to have begun with this leg
+        self.shown = self.begun = False  # the engine has begun with this leg
         self.sent_at, self.page_at = INFINITY, -INFINITY  # when the last page of metrics came,
         self.told: bool | None = None  # and whether all requests had begun by then
         self.merger: Merger | None = None
@@ -18615,7 +18596,6 @@ class DecodeAttempt(Attempt):
 #
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
 
-
 EXPLAINED_PATH = "/v1/chat/completions"  # for /explain, whose requests name none
 
 
@@ -18670,7 +18650,7 @@ class PrefillDecode:
         return split
 
     def choose(self, x: Exchange, split: Split, role: str, tried: frozenset[str]) -> Ranking:
-        """The ranking for a role, by its policy, of the servers that can be one of the pair."""
+        """By the role's policy, of the servers that can be one of the pair."""
         terms = split.terms
         name = terms.prefill_policy if role == "prefill" else terms.decode_policy
         by = x.policies.named(name, f"{x.trail.model} {role}") if name else None
@@ -18823,7 +18803,7 @@ async def carry_both(x: Exchange, step: Both) -> Outcome:
 
     reading.add_done_callback(read)
     try:
-        await asyncio.sleep(0)  # the server that answers must be noted last
+        await asyncio.sleep(0)  # who answers must be noted last
         outcome = await carry_leg(x, leg, "decode")
     finally:
         reading.cancel()
@@ -18922,7 +18902,7 @@ class Life:
     since: float  # of the phase
     phase: Phase = Phase.ABSENT
     reason: str = ""
-    in_row: int = 0  # failures without a steady run between them
+    in_row: int = 0  # failures with no steady run between
     retry_at: float = 0.0  # of one that failed
     starts: int = 0
     wakes: int = 0
@@ -19241,18 +19221,16 @@ class HostView(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What is wanted of one model."""
-
     waiting: int = 0
     waited_s: float = 0.0  # the longest of them
-    load: float = 0.0  # requests in flight by capacity, of those that run
+    load: float = 0.0  # requests by capacity, of those that run
     high_s: float = 0.0  # for so long the load is above its mark,
     low_s: float = 0.0  # or below
     host: str = ""  # the only one that may run it
 
 
 class Act(NamedTuple):
-    """Something to do: launch, wake, sleep, deepen or stop; `name` is an instance's."""
+    """`verb` is launch, wake, sleep, deepen or stop; `name` is an instance's."""
 
     verb: str
     alias: str
@@ -19346,7 +19324,7 @@ def room_on(
             left += gain(seat, how)
     if left < 0:
         return -left
-    for move in list(moves):  # later, larger moves may have made the cheap ones needless
+    for move in list(moves):  # larger moves may have made cheap ones needless
         if left - gain(*move) >= 0:
             moves.remove(move)
             left -= gain(*move)
@@ -19389,7 +19367,7 @@ def place_on(
     model: ModelSettings, host: HostView, seats: Sequence[Seat], may_move: Collection[str],
     pinned: Seat | None,
 ) -> Spot | str:
-    """Where one more instance fits on one host, as `find_place`."""
+    """As `find_place`, on one host."""
     if not host.total_gb:
         return Spot(host.name, ())
     count = model.tensor_parallel_size
@@ -19419,7 +19397,6 @@ def place_on(
 #  90  scaling
 #
 # A pure function makes acts from models, hosts, seats and demands.
-
 
 OUTDATED = "its settings have changed"
 RENEWED_IDLE_S = 10.0  # idle for so long, it is replaced only when asked for
@@ -19664,7 +19641,7 @@ OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", RE
 OUTPUT_BYTES = 256 * 1024  # of a child's output, at least
 REASON_LINES = 5  # of output in the reason for an end
 KILLED_S = 5.0  # for a killed group to be gone
-ENDS_LOOK_S = 0.2  # between two looks, if the system does not report ends
+ENDS_LOOK_S = 0.2  # between looks, where the system reports no ends
 
 
 class ProcessStat(NamedTuple):
@@ -19744,7 +19721,6 @@ class Child:
 
     @property
     def end_reason(self) -> str:
-        """How it ended, with its last output."""
         code = self.popen.poll() if self.popen is not None else None
         how = f"exit code {code}"
         if code is None:
@@ -19842,7 +19818,7 @@ def adopted_child(pid: int, started: int) -> Child:
     output, path = None, f"/proc/{pid}/fd/1"
     with contextlib.suppress(OSError):
         if started < 0 or not os.readlink(path).endswith(" (deleted)"):
-            raise FileNotFoundError  # it writes to a file of its own, which is not ours to cut
+            raise FileNotFoundError  # a file of its own is not ours to cut
         output = open(path, "ab+", buffering=0)
     child = Child(pid, output)
     child.started = started
@@ -19891,7 +19867,6 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A loopback port that is free at the moment."""
     while True:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
@@ -19958,7 +19933,7 @@ class Instance:
         self.created_at, self.digest = time.time(), ""
         self.trouble = ""  # why one that starts is not ready
         self.sleepless = False
-        self.said = dict[str, Any]()  # the model as registered, without its profile's additions
+        self.said = dict[str, Any]()  # the model without its profile's additions
         self.task: asyncio.Task[None] | None = None
         self.busy = asyncio.Lock()  # held while it is put to sleep or woken
         self.client = HttpClient(ServerSettings("http://127.0.0.1:1"))
@@ -20044,7 +20019,7 @@ class Agent:
     def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
         self.name, self._tasks = name, tasks
         self.instances: dict[str, Instance] = {}
-        self.lives: dict[tuple[str, str], Life] = {}  # by alias and name; of absent ones too
+        self.lives: dict[tuple[str, str], Life] = {}  # by alias and name, also of absent ones
         self.devices: list[Device] = []
         self._found, self._missing = list[Device](), set[int]()  # by nvidia-smi
         self.profiles: Mapping[str, ProfileSettings] = {DEFAULT_PROFILE.name: DEFAULT_PROFILE}
@@ -20055,14 +20030,14 @@ class Agent:
         self.profiles = {one.name: one for one in s.profiles or (DEFAULT_PROFILE,)}
 
     async def look_at_devices(self, stated: Sequence[float]) -> None:
-        """Update `devices` from nvidia-smi and the sizes that settings state."""
+        """From nvidia-smi and the sizes that settings state."""
         found = parse_gpus(await output_of(GPU_QUERY), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         missing = {device.number for device in self._found} - {device.number for device in found}
         if missing != self._missing:
             self._missing = missing
             log.log(logging.ERROR if missing else logging.INFO, "nvidia-smi tells of %s", (
                 f"GPU {', '.join(map(str, sorted(missing)))} no more" if missing else "all GPUs"))
-        if found:  # what does not answer is taken to be as it was
+        if found:  # else, they are taken to be as they were
             self._found = kept_devices(self._found, found)
         self.devices = stated_devices(stated, self._found)
 
@@ -20075,7 +20050,7 @@ class Agent:
     def tell(self, one: Instance, turn: Turn, reason: str = "") -> None:
         """Move an instance to its next phase, and log it.  Raises ValueError."""
         phase = one.life.tell(turn, loop_time(), reason)
-        if turn is Turn.LAUNCH:  # the lives are in the order of their last launches
+        if turn is Turn.LAUNCH:  # they are in the order of their last launches
             self.lives[one.model.alias, one.name] = self.lives.pop((one.model.alias, one.name))
         level = logging.WARNING if phase is Phase.FAILED else logging.INFO
         log.log(level, "model %s is %s: %s", one.name, phase.value, one.life.reason)
@@ -20172,7 +20147,7 @@ class Agent:
             self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
 
     async def start(self, one: Instance, adopted: bool) -> str:
-        """Have an instance ready.  Returns why it is not, or ''.  Raises OSError."""
+        """Returns why it is not ready, or ''.  Raises OSError."""
         if adopted and one.life.phase is not Phase.STARTING:
             return ""
         reason = await self.await_ready(one, one.child) if adopted and one.child else ""
@@ -20223,7 +20198,7 @@ class Agent:
             await asyncio.sleep(ENDS_LOOK_S)
 
     async def watch(self, one: Instance) -> str:
-        """Wait until an instance or its engine has ended.  Returns the reason."""
+        """Returns why the instance or its engine has ended."""
         assert (child := one.child) is not None
         ended = asyncio.ensure_future(child.ended())
         try:
@@ -20312,7 +20287,7 @@ class Agent:
             one.child.close()
 
     async def stop_all(self) -> None:
-        """Stop all instances, also those whose stop was cancelled before its end."""
+        """Also those whose stop was cancelled before its end."""
         ends = [(self.end if one.life.phase is Phase.STOPPING else self.stop)(one)
                 for one in self.instances.values()]
         await asyncio.gather(*ends, return_exceptions=True)
@@ -20371,7 +20346,6 @@ POOL_FAMILIES = (
     ("mvllm_model_sleeping_seconds_total", "Time that those of a model have slept.", "slept_s"),
 )
 
-
 # Settings of a model on which its launch does not depend.
 NOT_LAUNCHED = frozenset((
     "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
@@ -20427,8 +20401,6 @@ class LocalHost:
 
 
 class RemoteHost:
-    """A machine with an agent of its own."""
-
     def __init__(self, name: str, url: str, public_url: str, key: str, now: float) -> None:
         self.name, self.url, self.public_url, self.key = name, url, public_url or url, key
         server = ServerSettings(url, api_key=key)
@@ -20548,7 +20520,7 @@ class StateFile:
         return said
 
     def save(self, document: Document) -> None:
-        """Whole or not at all, and again until it is.  Trouble with it is said once."""
+        """Whole or not at all.  Trouble with it is said once."""
         if not self.path or (text := json.dumps(document, indent=1)) == self._saved:
             return
         new, trouble = f"{self.path}.new", ""
@@ -20613,17 +20585,17 @@ class Holdings:
         self.leaving = set[str]()  # instances that get no more requests
         self.launching: dict[str, Seat] = {}  # by alias, an instance that no report has yet
         self.doing: dict[str, asyncio.Task[None]] = {}  # by instance, or alias
-        self.wishes = set[str]()  # aliases that must run though no request asks for them
+        self.wishes = set[str]()  # aliases to run though no request asks for them
         self.held = set[str]()  # aliases that were stopped by hand
         self.why_not: dict[str, str] = {}
-        self.returning: dict[str, float] = {}  # a predecessor's silent agents: how long to wait
+        self.returning: dict[str, float] = {}  # a predecessor's silent agents: until when
         self.acts: dict[str, str] = {}  # by alias, the last act and its reason
-        self.seen_running: dict[str, int] = {}  # by instance, its last process that was ready
+        self.seen_running: dict[str, int] = {}  # by instance, its last ready process
         self.evictions = Counter(
             "mvllm_model_evictions_total", "Times one had to make room for another model.", "model")
         self._preloaded = set[str]()
         self._changed = asyncio.Event()
-        self.begun = asyncio.Event()  # it knows what a predecessor left, or its manager says
+        self.begun = asyncio.Event()  # it knows what was left to it, or its manager says
         core.beginnings.append(self.begun)
 
     def notify(self) -> None:
@@ -20717,7 +20689,7 @@ class Holdings:
             self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id, id in stuck))
 
     async def probe(self, id: str, again: bool) -> None:
-        """Check a server; an open circuit gets its trial at once, as nothing else may have it."""
+        """An open circuit gets its trial at once, as nothing else may have it."""
         await asyncio.sleep(STUCK_S * again)
         with contextlib.suppress(PeerGone, LookupError):  # it may have left
             await probe_server(self.core, id)
@@ -20762,7 +20734,7 @@ class Holdings:
                     "the balancer's machine")
 
     def status_of(self, model: ModelSettings) -> str:
-        """The phase of a model's instance that is closest to running."""
+        """Of its instance that is closest to running."""
         order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
                  Phase.STOPPING, Phase.FAILED]
         found = {one["status"] for _, one in self.instances(model.alias)}
@@ -20862,7 +20834,7 @@ class ModelPool(Holdings):
                     self.hosts[agent.name] = LocalHost(agent) if not process.succeeded else (
                         await self.successor_s(agent.name))
                 self.step()
-            except Exception:  # a mistake of ours must not leave models without care
+            except Exception:  # a mistake of ours must not end the care
                 self.core.internal_error("deciding on models")
             self._changed.clear()
             async with at_most(LOOK_AT_POOL_S):
@@ -20904,7 +20876,7 @@ class ModelPool(Holdings):
                 self.returning[str(name)] = now + AGENTS_RETURN_S
             except (ValueError, TypeError) as error:
                 log.error("an agent of the state file is not known: %s", error)
-        self.agent = agent  # whoever asks it for its instances learns of all
+        self.agent = agent  # now that it has all instances
         return agent
 
     async def successor_s(self, name: str) -> ManagedHost:
@@ -20939,7 +20911,7 @@ class ModelPool(Holdings):
                 await self.agent.look_at_devices(self.core.settings.devices)
 
     async def close(self) -> None:
-        """Save, and stop the instances here unless they outlive this process."""
+        """Save, and stop the instances unless they outlive this process."""
         core, agent = self.core, self.agent
         if agent is None:
             return
@@ -21006,7 +20978,7 @@ class ModelPool(Holdings):
         self.returning = {name: until for name, until in self.returning.items()
                           if now < until and name in self.hosts and not self.hosts[name].reachable}
         if self.leaves_children or self.returning or self.core.process.rests:
-            self.finish_step()  # a manager or a successor decides, or too little is known
+            self.finish_step()  # others decide, or too little is known
             return
         seats, models = self.seats(now), self.models
         self.wishes -= {seat.alias for seat in seats if seat.phase is Phase.RUNNING}
@@ -21132,12 +21104,12 @@ class ModelPool(Holdings):
         after_s = math.ceil(self.ready_in_s(model))
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
+
 # ══════════
 #  97  manager
 #
 # Requests go from here to the manager's instances too, and it is asked to start, wake and stop
 # them.  If it does not answer, running instances still get requests.
-
 
 MANAGER_LOOK_S = 0.5
 
@@ -21163,7 +21135,7 @@ class FollowedPool(ModelPool):
                 await self._changed.wait()
 
     async def look(self) -> None:
-        """Take the manager's report of its pool.  Trouble with it is logged once."""
+        """Trouble with the manager is logged once."""
         try:
             self.take((await self.ask("/admin/status", None, 5.0)).get("models"))
             trouble = ""
@@ -21201,7 +21173,7 @@ class FollowedPool(ModelPool):
         return await fetch_json(self._client, "it", path, content, timeout_s)
 
     async def have_woken(self, alias: str) -> None:
-        """Ask the manager to start or wake a model for which requests wait here."""
+        """Ask the manager to run a model for which requests wait here."""
         try:
             await self.by_hand(alias, "wake")
         except PeerGone as gone:
@@ -21219,7 +21191,7 @@ class FollowedPool(ModelPool):
         await self.ask(path, b"", model.wake_timeout_s + model.start_timeout_s)
 
     async def start_anew(self, alias: str) -> None:
-        """Nothing: `have_woken` does it as soon as a request waits."""
+        """`have_woken` does it as soon as a request waits."""
 
     async def look_again(self, alias: str) -> None:
         await self.look()
@@ -21387,7 +21359,6 @@ class PoolPlanner:
 
 
 POOL = "models"
-
 
 PLANS[POOL] = Planning(operator.attrgetter("has_model_pool"), PoolPlanner)
 
@@ -21610,7 +21581,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 # `worker` is a balancer whose only servers are its own instances, each below /proxy/, and which
 # does what its manager says.  When it stops, they run on, and its successor takes them over.
 
-REGISTER_S = 5.0  # between two registrations, which are heartbeats too
+REGISTER_S = 5.0  # between registrations, which are heartbeats
 AGENT_TTL_S = 20.0
 PROXIED_PATHS = ("/health", "/v1/models", "/metrics", "/version")  # in addition to inference
 
@@ -21888,7 +21859,7 @@ class Mode(Enum):
 class Action(NamedTuple):
     """What a key asks of the balancer."""
 
-    verb: str  # an operation on a server or a model, or quit
+    verb: str  # on a server or a model, or quit
     url: str = ""  # the server's, or the model's name
 
 
@@ -21896,7 +21867,7 @@ class Ui(NamedTuple):
     """The reader's choices on the screen; `settle` makes them fit the status."""
 
     mode: Mode = Mode.LIST
-    selected: str = ""  # the URL of a server, since rows move when they are sorted
+    selected: str = ""  # a server's URL, since sorting moves rows
     scroll: int = 0  # rows above the screen
     lines_up: int = 0  # the same of a detail, a view or the help
     page: int = 10  # rows shown at once
@@ -22013,7 +21984,6 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def clipped(line: Line, width: int) -> Line:
-    """As much of a line as fits, so that it never wraps."""
     out: Line = []
     for text, style in line:
         text = cut(text, width)
@@ -22024,7 +21994,6 @@ def clipped(line: Line, width: int) -> Line:
 
 
 # Numbers in few characters.  None and numbers that are not finite are unknown.
-
 
 UNITS: tuple[tuple[float, float, str], ...] = (
     (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
@@ -22218,8 +22187,8 @@ class Column(NamedTuple):
     text: Callable[[Document], str]
     right: bool = True
     style: Callable[[Document], Style] = lambda row: Style.PLAIN
-    most: int = 0  # width in cells if there is room; 0: that of its texts
-    rank: int = 0  # of the servers' columns the one with the highest is left out first,
+    most: int = 0  # cells if there is room; 0: those of its texts
+    rank: int = 0  # the highest of the servers' is left out first,
     least: int = 0  # and none is narrower than this
     sort: str = ""  # the key in SORTS that sorts by this column
 
@@ -22256,7 +22225,6 @@ COLUMNS = (
            rank=10, least=8),
 )
 MARK_CELLS = 2  # before a name, for the marks of selection and state
-
 
 Widths = list[tuple[Column, int]]  # those on the screen, in cells
 
@@ -22342,7 +22310,7 @@ GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def graph_of(values: Sequence[float | None], rows: int) -> list[str]:
-    """Values as columns in `rows` lines, the newest at the right; the highest fills its column."""
+    """Columns in `rows` lines, the newest at the right; the highest fills its column."""
     top = max(filter(is_known, values), default=0.0) or 1.0
     heights = [math.ceil(value / top * 8 * rows - 1e-9) if is_known(value) else None
                for value in values]
@@ -22560,7 +22528,6 @@ KEYS = (
     ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
 )
 
-
 MODE_KEYS = {  # the keys besides q
     Mode.DETAIL: (("d", "drain"), ("r", "probe"), ("j k", "down, up"), ("p", "pause"),
                   ("?", "help")),
@@ -22605,7 +22572,7 @@ def event_lines(status: Document, rows: int, width: int) -> list[Line]:
 
 
 class Frame(NamedTuple):
-    """The list screen's parts: the lines at its top, and how many rows the others have."""
+    """The lines at the top of the list screen, and how many rows the other parts have."""
 
     top: list[Line]
     table: int
@@ -22938,14 +22905,14 @@ ESCAPE_MS = 50  # after which an Esc is the key itself
 NOT_TERMINALS = ("", "unknown", "network", "emacs")
 LIKELY = ("xterm-256color", "xterm", "vt100")  # tried if terminfo does not know it
 TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons search nowhere
-LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # terminfo's names; clear if there is no rmcup
+LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # clear if there is no rmcup
 
 
 def in_foreground(descriptor: int) -> bool:
     """Whether our process group may use a terminal: no shell has put it in the background."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # not our controlling terminal, so no shell shares it with us
+    except OSError:  # no controlling terminal, so no shell shares it
         return True
 
 
@@ -22955,7 +22922,7 @@ def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
     flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(os.ttyname(terminal), flags)
-    except OSError:  # after su the terminal is another user's; in a container it may have no name
+    except OSError:  # another user's after su; without a name in a container
         descriptor = os.open("/dev/tty", flags)
     try:
         yield descriptor
@@ -22999,8 +22966,6 @@ def run_screen(sock: socket.socket, remote: bool) -> str:
 
 
 class CursesScreen:
-    """The program that shows the newest status it has received."""
-
     def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
         """`curses` is the module, after `setupterm`."""
         self.curses, self.sock = curses, sock
@@ -23022,7 +22987,7 @@ class CursesScreen:
             self.receive()
             if self.over or self.ui.note:
                 return self.ui.note
-        time.sleep(2 * LOG_PAUSE_S)  # for log lines on their way to this terminal
+        time.sleep(2 * LOG_PAUSE_S)  # for log lines on their way
         self.window = self.curses.initscr()
         try:
             self.enter()
@@ -23208,7 +23173,7 @@ class ScreenProcess:
             log.warning("no screen: %s", self.why)
 
     async def converse(self) -> int:
-        """Run the process to its end.  Returns its exit code.  Raises OSError."""
+        """Returns the process's exit code.  Raises OSError."""
         ours, theirs = socket.socketpair()
         compiled = getattr(__spec__, "cached", "")  # where this file was imported, and not run
         program = compiled if compiled and os.path.exists(compiled) else __file__
@@ -23588,7 +23553,7 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
     ["Servers", m => `${num(m.healthy)} of ${num(m.servers)}`, 1],
     ...[OURS, ...RATES, ...TIMES, ERRORS].map(figure => at(...figure))]],
   requests: [d => list(d.requests?.running).concat(list(d.requests?.ended)),
-    [["Time", r => wait(known(r.age_s) ? r.age_s : r.duration_s), 1],
+    [["Time", r => wait(r.age_s ?? r.duration_s), 1],
     ["Server", r => (r.prefill ? host(r.prefill) + " → " : "") + host(r.server)],
     at("Model", "model"), at("Key", "key"), at("Tokens", "tokens", whole),
     ["How", r => !r.end ? r.tokens ? "runs" : "waits for its first token"
@@ -23675,7 +23640,7 @@ function modelButtons(item) {
 
 function showGraphs(fleet) {
   for (const [, name, form] of GRAPHS) {
-    const values = list(fleet[name]), heights = values.map(v => known(v) ? v : 0);
+    const values = list(fleet[name]), heights = values.map(v => v || 0);
     const most = Math.max(...heights, 0), top = most || 1, at = 90 - values.length;
     $("graph-" + name).setAttribute("points",
       heights.map((v, i) => `${at + i},${(20 - 20 * v / top).toFixed(1)}`).join(" "));
@@ -23720,8 +23685,8 @@ function showServer(url, server) {
   const { level, word } = worst(server), kind = { "": "good", bad: "bad" }[level] || "warn";
   const name = text(server.name) || url, models = list(server.models).map(text);
   const ours = server.in_flight, all = known(server.running) && !server.stale
-    ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
-  const load = all === null ? ours : Math.max(known(ours) ? ours : 0, all);
+    ? server.running + (server.waiting || 0) : null;
+  const load = all === null ? ours : Math.max(ours || 0, all);
   const full = known(load) && server.capacity > 0 ? load / server.capacity : 0;
   const history = list(server.history).filter(known).slice(-60), top = Math.max(1, ...history);
   const capacity = num(server.capacity);
@@ -23784,7 +23749,7 @@ function show(doc) {
     if (body === next) next = next.nextElementSibling; else table.insertBefore(body, next);
   }
   if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
-  const drained = known(totals.drained) ? totals.drained : 0;
+  const drained = totals.drained || 0;
   const all = totals.servers - drained, well = totals.healthy, busy = totals.queue > 0;
   const troubles = list(totals.troubles);
   const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
@@ -24138,10 +24103,8 @@ KillMode=process.  A worker does not register: its log says what the manager ans
 does not start: its last output is in /admin/models and in the 503.  A request times out: raise
 wake_timeout_s; Retry-After says how long the model takes.  No vLLM at hand: demo --pool."""
 
-
-@topic("pool", "models that are started, put to sleep and woken by need, here and elsewhere")
-def pool_topic() -> str:
-    return POOL_HELP
+topic("pool", "models that are started, put to sleep and woken by need, here and elsewhere")(
+    lambda: POOL_HELP)
 
 
 @topic("policies", "the rules by which a server is chosen, and what a score may name")
@@ -24536,11 +24499,8 @@ spec:
         - name: shm
           emptyDir: { medium: Memory }"""
 
-
-@topic("kubernetes", "ConfigMap, role, Deployment, Service, disruption budget, KEDA, agents")
-def kubernetes_topic() -> str:
-    return KUBERNETES
-
+topic("kubernetes", "ConfigMap, role, Deployment, Service, disruption budget, KEDA, agents")(
+    lambda: KUBERNETES)
 
 SCRAPE = """\
 scrape_configs:
@@ -24654,8 +24614,6 @@ MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
 
 
 class Arrival(NamedTuple):
-    """A request of a trace: its time and its amount of work."""
-
     at_s: float  # since the first
     prompt_tokens: int
     output_tokens: int
@@ -24781,8 +24739,6 @@ def spread(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 class MadeUp(NamedTuple):
-    """A kind of made-up traffic, for those who have recorded none."""
-
     rate: float  # requests per second
     asked: tuple[float, float, float]  # tokens of a question: median, sigma of log, maximum
     answered: tuple[float, float, float]
@@ -24800,7 +24756,7 @@ MADE_UP = {
 
 
 def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
-    """Random arrivals, by time: conversations whose prompts repeat everything said before."""
+    """Random arrivals, by time: conversations whose prompts repeat all that was said."""
 
     def length(of: tuple[float, float, float]) -> int:
         return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
@@ -24837,15 +24793,15 @@ EVEN_CONTEXT = 30_000  # tokens; attending to that many costs as much as the res
 class EngineKind(NamedTuple):
     """A GPU that runs vLLM: how long a step takes, and what fits into it."""
 
-    capacity: float  # what an operator would set as max_concurrent_requests
+    capacity: float  # as max_concurrent_requests would be set
     step_s: float  # of every step, for scheduling and sampling
     weights_s: float  # to read the weights, which overlaps with computing
     token_s: float  # to compute a token, of a prompt or of an answer
     sequence_s: float  # for each sequence in the step
-    context_s: float  # to read one token from the KV cache, for sequences that decode
+    context_s: float  # to read a token from the KV cache, to decode
     kv_tokens: int
     max_num_seqs: int
-    batched_tokens: int  # at most in one step; vLLM's max_num_batched_tokens
+    batched_tokens: int  # in one step: vLLM's max_num_batched_tokens
 
     def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
         """A smooth roofline of reading and computing, plus overheads."""
@@ -24879,7 +24835,7 @@ def kind_for(capacity: float) -> EngineKind:
         name: value * slow for name, value in kind._asdict().items() if name.endswith("_s")})
 
 
-Link = int | tuple[int]  # a hash of a chain; or (number,): the rest of what a request computed
+Link = int | tuple[int]  # a chain's hash; or (number,): the rest of a request
 
 
 class KvCache:
@@ -24898,7 +24854,7 @@ class KvCache:
         while (lack := self.used + self.spare - self.room) > 0:
             oldest = next(iter(self.idle))
             if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
-                self.sizes[oldest] -= lack  # part of a rest is of use, part of a hash's link is not
+                self.sizes[oldest] -= lack  # only a rest is of use in part
                 self.spare -= lack
             else:
                 self.forget(oldest)
@@ -24917,7 +24873,6 @@ class KvCache:
         self.used, self.spare = self.used - size, self.spare + size
 
     def hold(self, links: Iterable[Link]) -> None:
-        """Count a request as a user of links."""
         for link in links:
             if link in self.idle:
                 del self.idle[link]
@@ -24936,8 +24891,6 @@ class KvCache:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Job:
-    """A request inside an engine."""
-
     number: int  # of its arrival
     arrival: Arrival
     need: int = 0  # tokens to compute before it can decode
@@ -25121,7 +25074,7 @@ class Engine:
             job.passed, job.reach = job.passed + 1, job.reach + max(0, size)
 
     def _decode(self, job: Job) -> None:
-        """Begin to decode.  The step that ended the prompt also made a token of the answer."""
+        """The step that ended the prompt also made a token of the answer."""
         del self.reading[job.number]
         job.said, job.since = job.said + 1, self._clock
         job.last = self._clock + max(1, job.arrival.output_tokens) - job.said
@@ -25132,7 +25085,7 @@ class Engine:
         self._context += job.done
 
     def _release(self, job: Job) -> None:
-        """Stop a job; what it has computed is kept while there is room."""
+        """What it has computed is kept while there is room."""
         del self.running[job.number]
         if self.reading.pop(job.number, None) is None:
             steps = self._clock - job.since
@@ -25144,7 +25097,7 @@ class Engine:
         self.cache.free(job.links)
 
     def _preempt(self) -> None:
-        """Take the youngest job's room, and put it first in the queue, to be computed anew."""
+        """Put the youngest job first in the queue, to be computed anew."""
         job = next(reversed(self.running.values()))
         self._release(job)
         job.need, job.last = job.arrival.prompt_tokens + job.said, 0
@@ -25158,7 +25111,7 @@ class Engine:
 # The times come from a model: compare only the rows of one table.
 
 NETWORK_S = 0.002  # one way, including the balancer
-TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 10 GB/s
+TRANSFER_TOKEN_US = 13.0  # for a token's 128 kB (Llama-3.1-8B) at 10 GB/s
 PATIENCE_S = 60.0  # for which requests are held while none is in flight
 
 
@@ -25256,7 +25209,7 @@ class Record(NamedTuple):
 
 
 class Replay:
-    """Arrivals, engines and a router in simulated time; `run` it once."""
+    """In simulated time; `run` it once."""
 
     def __init__(
         self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: PolicyRouter,
@@ -25270,7 +25223,7 @@ class Replay:
         self._held = deque[int]()  # in the queue
         self._answer_at = dict[int, int]()  # which server answers what another reads
         self._left = len(arrivals)  # without their outcome
-        self._moved_s = 0.0  # when a request last came, was sent or finished
+        self._moved_s = 0.0  # when a request came, left or ended last
         self._serial = itertools.count()
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
@@ -25293,7 +25246,7 @@ class Replay:
         self._offer(now)
 
     def _offer(self, now: float) -> None:
-        """Send the requests that can be sent, in order; none overtakes another for its model."""
+        """In order; none overtakes another for its model."""
         kept, blocked = list[int](), set[str | None]()
         while self._held and len(blocked) < self._models:
             number = self._held.popleft()
@@ -25321,7 +25274,7 @@ class Replay:
     def _end(self, server: int, now: float) -> None:
         engine = self.engines[server]
         if now != engine.ends_s:
-            return  # a request came, and the stretch became shorter
+            return  # a request came and shortened the stretch
         begun, complete = engine.end()
         for job in begun:
             if job.number not in self._answer_at:
@@ -25598,7 +25551,7 @@ WORDS = (
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
 Event = tuple[str, Any]  # its name, '' for none, and its document
-Refused = tuple[str, str | None]  # vLLM's words; the part or the parameter that they are about
+Refused = tuple[str, str | None]  # vLLM's words, and what they are about
 TOKEN_TEXT = re.compile(r"\s*\S{1,6}|\s+$")  # a token; its bytes, read as a number, are its id
 
 
@@ -26119,7 +26072,7 @@ STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chun
 
 class Simulated(NamedTuple):
     capacity: int  # requests in the batch at once
-    token_s: float  # between two tokens with an empty batch; doubles when the batch is full
+    token_s: float  # between tokens; doubles as the batch fills
     prefill_tokens_per_s: float
 
 
@@ -26136,7 +26089,6 @@ class SimulatedBlocks:
         self._changed = asyncio.Event()
 
     def id_of(self, head: RequestHead, params: Document, prompt: str) -> str:
-        """The id that a request's two legs share."""
         if self.connector == "plain":
             return prompt
         if self.connector == "p2p_nccl":
@@ -26146,7 +26098,7 @@ class SimulatedBlocks:
         return str(known or head.fields.get("x-request-id"))
 
     def keep(self, server: SimulatedServer, id: str) -> dict[str, Any] | None:
-        """Keep a prompt that was read.  Returns the answer's kv_transfer_params, or None."""
+        """Returns the answer's kv_transfer_params, or None."""
         self._kept.add(id)
         self._changed.set()
         self._changed = asyncio.Event()
@@ -26421,12 +26373,12 @@ class Generation:
 # `simulate-vllm` has the options, start time, sleep and ways to die of `vllm serve`, but no GPU.
 
 SIMULATED_KIND = Simulated(16, 0.01, 20000)
-# A server's engine outlives it, as vLLM's does, but only by a minute.
+# An engine outlives its server, as vLLM's does, but only by a minute.
 ENGINE_CODE = """import os, time
 parent = os.getppid()
 while os.getppid() == parent: time.sleep(0.1)
 time.sleep(60)"""
-ENGINE_GONE_S = 0.3  # from an engine's death to its server's; with vLLM, about 3 s
+ENGINE_GONE_S = 0.3  # after which its server follows; vLLM takes about 3 s
 
 
 class SimulatedVllm(SimulatedServer):
@@ -26541,9 +26493,8 @@ def add_simulate_vllm(parser: argparse.ArgumentParser) -> None:
     add("--engine", action="store_true", help="run the engine as another process")
 
 
-@command("simulate-vllm", "a process that stands in for `vllm serve`", add_simulate_vllm)
-def run_simulate_vllm(args: argparse.Namespace) -> int:
-    return asyncio.run(simulate_process(args))
+command("simulate-vllm", "a process that stands in for `vllm serve`", add_simulate_vllm)(
+    lambda args: asyncio.run(simulate_process(args)))
 
 
 def own_command() -> tuple[str, ...]:
@@ -26560,8 +26511,7 @@ def own_command() -> tuple[str, ...]:
 
 DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
 
-
-REGISTRATION_S = 1.0  # between two registrations of a simulated server
+REGISTRATION_S = 1.0  # between a simulated server's registrations
 
 
 async def post_to(balancer: Balancer, path: str, document: Any, timeout_s: float) -> None:
@@ -26611,7 +26561,6 @@ def demo_request(sessions: list[list[dict[str, str]]], draw: random.Random) -> d
 
 POOL_DEMO = ("llama-70b", 70.0), ("qwen-32b", 40.0), ("gemma-27b", 35.0), ("mistral-7b", 16.0), (
     "embed-small", 8.0)
-
 
 POOL_HINT = """
 Ask for a model: it starts, and another makes room for it.
@@ -26732,7 +26681,6 @@ Why that server?     the same curl line with /explain in place of /v1/chat/compl
 On the screen:       ? for keys and these lines, Tab for models and requests, q to quit
 Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}' (or hang, slow, cut, ok)
 """
-
 
 DEMO_CONNECTORS = (*CONNECTOR_NAMES, "nixl_push")
 
@@ -27076,7 +27024,7 @@ def check_models(s: Settings) -> int:
 # other answers, with the same legs as for clients' requests.
 
 TRIAL_PATH = "/v1/completions"
-TRIAL_WORDS = 150  # of the prompt, which makes several blocks; a block has up to 128 tokens
+TRIAL_WORDS = 150  # of the prompt: several blocks of up to 128 tokens
 TRIAL_TOKENS = 8  # of the answer
 RECEIVED_METRICS = ("vllm:external_prefix_cache_hits_total",)  # tokens through a connector
 CONNECTOR_ADVICE = {
@@ -27402,17 +27350,16 @@ def check_config(args: argparse.Namespace) -> int:
         print_findings(findings)
     print_findings(amiss)
     print(*map(printable, lines), sep="\n", end="\n" * bool(lines))
-    print_findings(own_findings(settings, found, descriptors_allow()))
-    print_findings(folder_findings(settings))
     files = filter(os.path.exists, secret_files(path, settings))  # a kubeconfig may come later
     modes = {name: os.stat(name).st_mode for name in files}
-    print_findings(mode_findings(modes))
+    print_findings((*own_findings(settings, found, descriptors_allow()),
+                    *folder_findings(settings), *mode_findings(modes)))
     startable, usable = check_models(settings), sum(one.usable for one in found)
-    capacity = total_capacity(servers)
     toml = SettingsFile(path).text() if path else ""
     for line in relative_paths(tomllib.loads(toml), os.path.dirname(path)):
         print(printable(f"{path}: {line}"))
-    print(f"{path}: {plural(len(found), 'server')}, total capacity {capacity}, {usable} usable")
+    print(f"{path}: {plural(len(found), 'server')}, total capacity {total_capacity(servers)},"
+          f" {usable} usable")
     comes = not found and settings.registration is not None  # servers will register themselves
     return 0 if usable or startable or comes else 2
 
