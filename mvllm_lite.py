@@ -20550,16 +20550,17 @@ class Uses:
         self.low_at: dict[str, float] = {}
 
     def demand(self, model: ModelSettings, load: float, host: str, now: float) -> Demand:
+        alias = model.alias
         for at, holds in ((self.high_at, load >= model.scale_up_at),
                           (self.low_at, load < model.scale_down_at)):
             if holds:
-                at.setdefault(model.alias, now)
+                at.setdefault(alias, now)
             else:
-                at.pop(model.alias, None)
-        since = self.waiting.get(model.alias) or {}
+                at.pop(alias, None)
+        since = self.waiting.get(alias) or {}
         return Demand(
             len(since), now - min(since.values(), default=now), load,
-            *(now - at.get(model.alias, now) for at in (self.high_at, self.low_at)), host)
+            now - self.high_at.get(alias, now), now - self.low_at.get(alias, now), host)
 
 
 # ══════════
@@ -21053,7 +21054,7 @@ class ModelPool(Holdings):
             if self.core.process.rests:
                 raise ValueError("a successor decides")
             model = self.models.get(one["model_alias"])
-            deep = model is not None and 0 < model.deep_sleep_after_s and model.sleep_after_s <= 0
+            deep = model is not None and model.deep_sleep_after_s > 0 >= model.sleep_after_s
             await host.do(name, "stop" if verb == "stop" else "sleep",
                           2 if verb == "deepen" or deep else 1)
         finally:
@@ -21342,7 +21343,8 @@ class PoolPlanner:
         reports = {one["alias"]: one for _, one in pool.instances()}
         seats = pool.seats(now)
         for alias, model in pool.models.items():
-            for seat in [one for one in seats if one.alias == alias] or [None]:
+            found: list[Seat | None] = [one for one in seats if one.alias == alias]
+            for seat in found or [None]:
                 phase = seat.phase if seat else Phase.ABSENT
                 one = reports.get(seat.name, {}) if seat else {}
                 blocked = "" if seat else pool.why_not.get(alias) or pool.impossible(model)
@@ -24269,18 +24271,15 @@ def example_topic() -> str:
 COMPILE = "import py_compile; py_compile.compile('{0}.py', '{0}.pyc', doraise=True)"
 
 
-@topic("systemd", "a unit, to be put at /etc/systemd/system/mvllm_lite.service")
-def systemd_topic() -> str:
-    return f"""\
+SYSTEMD = """\
 # Logs: journalctl -u mvllm_lite, and files in /var/log/mvllm_lite.  systemctl reload has the
 # settings read at once.  A new version takes over without a gap: systemctl kill -s USR2 mvllm_lite.
 # For half the memory let ExecStart name a compiled file, made anew for each version of it and of
 # Python:
-#     python3 -c "{COMPILE.format("mvllm_lite")}"
+#     python3 -c "COMPILE"
 # Where it runs models ([[models]], or `worker`) take out PrivateDevices=yes, which hides the GPUs;
 # add StateDirectory=mvllm_lite, and to the settings state_file = "/var/lib/mvllm_lite/models".
 # A `worker` takes KillMode=process, too: its models run on when it stops, for its successor.
-""" + """\
 [Unit]
 Description=mvllm_lite, one address for a fleet of vLLM servers
 After=network-online.target
@@ -24313,18 +24312,13 @@ LimitNOFILE=65536
 
 [Install]
 WantedBy=multi-user.target"""
-
-
-@topic("container", "a Dockerfile, Compose files with two vLLM servers, and for an agent")
-def container_topic() -> str:
-    return f"""\
+CONTAINER = """\
 # Dockerfile.  The file system may be read-only (logs are on stdout); the settings are looked for at
 # /config/servers.toml and, where mvllm's users mount theirs, at /app/servers.toml.  Mount the
 # directory: a single mounted file does not see a new one that is put in its place by rename.
 FROM python:3.13-slim
 COPY mvllm_lite.py /app/mvllm_lite.py
-RUN ["python", "-c", "{COMPILE.format("/app/mvllm_lite")}"]
-""" + """\
+RUN ["python", "-c", "COMPILE"]
 USER 65534:65534
 EXPOSE 8888
 HEALTHCHECK --interval=10s --timeout=3s CMD ["python", "-c", "import urllib.request as u; \
@@ -24375,8 +24369,6 @@ services:
       resources:
         reservations:
           devices: [{ driver: nvidia, count: all, capabilities: [gpu] }]"""
-
-
 KUBERNETES = """\
 # The ConfigMap may be edited in place: the change is seen within config_reload_interval after the
 # kubelet has swapped the link.  With one replica the disruption budget holds up a node's drain
@@ -24499,6 +24491,10 @@ spec:
         - name: shm
           emptyDir: { medium: Memory }"""
 
+topic("systemd", "a unit, to be put at /etc/systemd/system/mvllm_lite.service")(
+    lambda: SYSTEMD.replace("COMPILE", COMPILE.format("mvllm_lite")))
+topic("container", "a Dockerfile, Compose files with two vLLM servers, and for an agent")(
+    lambda: CONTAINER.replace("COMPILE", COMPILE.format("/app/mvllm_lite")))
 topic("kubernetes", "ConfigMap, role, Deployment, Service, disruption budget, KEDA, agents")(
     lambda: KUBERNETES)
 
@@ -26177,8 +26173,9 @@ class SimulatedServer:
             self.aborted += 1
             raise
 
-    def _reply(self, head: RequestHead, content: Content, wanted: dict[str, Any], prompt: Prompt
-               ) -> tuple[int, Any] | None:
+    def _reply(
+        self, head: RequestHead, content: Content, wanted: Document, prompt: Prompt
+    ) -> tuple[int, Any] | None:
         """(status, text or JSON), or None if an answer has to be generated."""
         if head.method != "POST" or not (head.path in FORMS or head.path in REPLIES):
             return self._page(head, wanted)
@@ -26190,7 +26187,7 @@ class SimulatedServer:
             return 200, reply(json.loads(content), self.new_id(), self.models[0])
         return None
 
-    def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
+    def _page(self, head: RequestHead, wanted: Document) -> tuple[int, Any]:
         methods = simulated_methods(head.path)
         if not methods:
             return 404, {"detail": "Not Found"}
@@ -26214,8 +26211,7 @@ def simulated_methods(path: str) -> Document:
     return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
 
 
-def simulated_mode(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                   ) -> tuple[int, Any]:
+def simulated_mode(server: SimulatedServer, head: RequestHead, wanted: Document) -> tuple[int, Any]:
     if wanted.get("mode") not in MODES:
         text = f"mode is {wanted.get('mode')!r}, expected one of {', '.join(MODES)}"
         return 400, vllm_error("BadRequestError", 400, text)
@@ -26427,7 +26423,7 @@ class SimulatedVllm(SimulatedServer):
             return {"status": "awake", "tags": None}
         return {}
 
-    def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
+    def _page(self, head: RequestHead, wanted: Document) -> tuple[int, Any]:
         if self.engine_died:
             return 503, ""
         status, said = super()._page(head, wanted)
@@ -26510,7 +26506,6 @@ def own_command() -> tuple[str, ...]:
 # A balancer on a laptop, in front of simulated servers of several kinds.
 
 DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
-
 REGISTRATION_S = 1.0  # between a simulated server's registrations
 
 
