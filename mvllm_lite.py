@@ -10310,7 +10310,7 @@ class Wire(asyncio.BufferedProtocol):
                 if self.held:
                     self.release()
             await self.more(deadline)
-        if self.side is Blame.CLIENT:
+        if self.backlog is not None:
             self.most = AHEAD_BYTES
         if not 0 <= end <= limit + 4:
             target = b"\r\n" not in self.buffer[:limit]
@@ -11296,6 +11296,8 @@ class Unread(Protocol):
 class Response:
     """The response to one request on one client's wire."""
 
+    notation = Notation.OPAQUE  # of the server's content
+
     def __init__(
         self, client: Wire, request: RequestHead, id: str, settings: Settings,
         body: Unread | None = None,
@@ -11309,7 +11311,6 @@ class Response:
         ) if crosses else []
         self.status = 0  # as shown to the client; 0 until then
         self.streams = False  # it is an event stream that we can read
-        self.notation = Notation.OPAQUE  # of the server's content
         self.heartbeat_sent = False  # the client was sent the head and comments ahead of an answer
         self.framing: Framing | None = None
         self.sent_bytes = 0
@@ -12390,6 +12391,7 @@ class Attempt:
     """A request sent to one server, whose watcher can see it wait and can end it."""
 
     prefill = ""  # the name of the server that has read the prompt for this one
+    lost_by = Fault.SERVER_FROZEN  # its fault, if we give it up
 
     def __init__(
         self, core: Core, step: Relay, response: Response,
@@ -12405,7 +12407,6 @@ class Attempt:
         self.content_bytes = len(step.request.body.content)
         self.wire: Wire | None = None  # until something of an answer is shown
         self.pump: Pump | None = None
-        self.lost_by = Fault.SERVER_FROZEN  # its fault, if we give it up
         self.given_up = False
         self._wants_second_opinion, self.movable = wants_second_opinion, movable
         self._commit: Commit = lambda answer: False
@@ -14043,7 +14044,7 @@ def kind_of(head: RequestHead, s: Settings) -> Kind:
     kind = path_kind(head.path)
     if head.path in s.admin_paths and kind in (Kind.INFERENCE, Kind.NOTHING):
         return Kind.CONTROL
-    return Kind.EXPLAIN if kind is Kind.STATUS and wants_explanation(head) else kind
+    return Kind.EXPLAIN if wants_explanation(head) else kind
 
 
 # Below these paths an escaped URL may follow, or the name of a model, as OpenAI's client says it.
@@ -14497,7 +14498,7 @@ class Front:
             idle_until = now + IDLE_GRACE_S
         elif wire.reused and self.clients_are_waiting():
             idle_until = now
-        while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
+        while wire.buffer[:2] in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
                 wire.take(lines)
                 continue
@@ -14546,12 +14547,12 @@ class Front:
         elif kind.is_exchange:
             if not exchange.destination.path and (aim := AIMS.get(head.path.split("/")[1])):
                 exchange.destination = aim(self.core, head.path)
-            clients.forwarding += 1
+            clients.forwarding, explains = clients.forwarding + 1, kind is Kind.EXPLAIN
             try:
-                await exchange.run(kind is Kind.EXPLAIN)
+                await exchange.run(explains)
             finally:
                 clients.forwarding -= 1
-                if kind is not Kind.EXPLAIN:
+                if not explains:
                     account(exchange)
         elif (row := endpoint_for(head)) is None:
             self.refuse(exchange, wrong_method(head))
