@@ -7511,11 +7511,12 @@ def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
 
 
 def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float) -> list[float]:
-    """The share of its capacity to use for each server that came back.  Servers that come together
-    with the first have 1, as no others could take their work."""
+    """The share of its capacity to use for each server; empty if all are 1, as those of servers
+    that come together with the first, whose work no others could take."""
     now, slow_start_s = moment.now, moment.slow_start_s
-    return [1.0 if view.health.since - steady_since < slow_start_s
-            else view.slow_start_share(now, slow_start_s) for view in views]
+    shares = [1.0 if view.health.since - steady_since < slow_start_s
+              else view.slow_start_share(now, slow_start_s) for view in views]
+    return shares if min(shares, default=1.0) < 1 else []
 
 
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
