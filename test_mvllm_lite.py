@@ -20422,24 +20422,24 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
 
         async def lead(reader, writer):
             leads.add(asyncio.current_task())
-            agents = (await client.get("/admin/workers")).json["workers"]
-            port = int(agents[0]["worker_url"].rpartition(":")[2])
-            inner, outer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.ExitStack() as opened, contextlib.suppress(
+                    asyncio.CancelledError):  # which asyncio 3.11 reports as a mistake
+                opened.callback(writer.transport.abort)
+                asking = await manager.client()  # of its own, as several connections come at once
+                agents = (await asking.get("/admin/workers")).json["workers"]
+                port = int(agents[0]["worker_url"].rpartition(":")[2])
+                inner, outer = await asyncio.open_connection("127.0.0.1", port)
+                opened.callback(outer.transport.abort)
 
-            async def pipe(source, sink, said=None):
-                with contextlib.suppress(OSError):
-                    while piece := await source.read(65536):
-                        if said is not None:
-                            said.append(piece.split(b"\r\n")[0])
-                        sink.write(piece)
-                sink.close()
+                async def pipe(source, sink, said=None):
+                    with contextlib.suppress(OSError):
+                        while piece := await source.read(65536):
+                            if said is not None:
+                                said.append(piece.split(b"\r\n")[0])
+                            sink.write(piece)
+                    sink.close()
 
-            try:
-                with contextlib.suppress(asyncio.CancelledError):  # asyncio 3.11 calls it a mistake
-                    await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
-            finally:
-                for one in (outer, writer):
-                    one.transport.abort()
+                await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
 
         public = await asyncio.start_server(lead, "127.0.0.1", 0)
         address = "http://127.0.0.1:%d" % public.sockets[0].getsockname()[1]
