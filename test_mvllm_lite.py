@@ -82,13 +82,21 @@ def table(*rows):
     return [pytest.param(*values, id=name) for name, *values in rows]
 
 
+# What a test's own server may meet when it is stopped, or when its client leaves.
+ENDS = asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError
+
+
 def asynchronous(test):
     """Run a coroutine test; one that hangs fails after a minute.  So does one in which a callback
     of the event loop raises, which asyncio only logs."""
 
     async def whole(*args, **kwargs):
+        def told(_, event):
+            if not isinstance(event.get("exception"), ENDS):
+                raised.append(event)
+
         raised = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, told: raised.append(told))
+        asyncio.get_running_loop().set_exception_handler(told)
         await asyncio.wait_for(test(*args, **kwargs), 60)
         for _ in range(5):  # turns of the loop in which aborted connections are closed
             await asyncio.sleep(0)
