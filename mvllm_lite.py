@@ -122,7 +122,7 @@ lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  discovery        1,890 lines, when servers come and go by themselves
+    XI  discovery        1,790 lines, when servers come and go by themselves
     74  names          ~ servers by DNS: each address of a name is one; names that move
     75  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
     76  listing        · what to ask the Kubernetes API next, and what its answers mean
@@ -132,14 +132,14 @@ lines.
     80  registering    ~ the paths at which they register, over HTTP
     81  zmq listener   ~ where vLLM's connectors register, over ZMQ
 
-   XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
+   XII  prefill and decode 1,140 lines, where [[disaggregation]] is set
     82  legs           · two requests made from one, and one answer made from two
     83  connectors     · what the two legs say so that blocks get from one server to the other
     84  splitting      · how a request is split between two servers, step by step
     85  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
     86  pairs          ~ a request's two legs, carried out and counted
 
-  XIII  models           3,000 lines, where the settings have models, or agents that run some
+  XIII  models           2,990 lines, where the settings have models, or agents that run some
     87  life           · the life of a model's process: one table of transitions
     88  launching      · command lines from settings; what a registration over HTTP may say
     89  placement      · where a model fits, and what has to make room for it
@@ -155,7 +155,7 @@ lines.
     99  pool paths     ~ the paths about the pool, for people and programs
     100  worker         ~ an agent in a process of its own
 
-   XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
+   XIV  seen             2,780 lines, on a terminal, for `top`, `help`, a browser at /status
     101  cells          · text in the cells of a terminal: its meaning, its width
     102  table          · the servers in lines, with as many columns as fit
     103  views          · graphs of the fleet; models, requests and keys as tables
@@ -167,7 +167,7 @@ lines.
     109  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
     110  deployment     ~ files for systemd, containers, Kubernetes, Prometheus and Grafana
 
-    XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
+    XV  laboratory       2,760 lines, for `replay`, `demo` and `check-config`
     111  traces         · recorded requests, read from files; made-up requests
     112  engine         · a model of a vLLM server, in simulated time
     113  replay         · recorded requests, sent to simulated engines by any policy
@@ -20364,10 +20364,20 @@ def launch_digest(model: ModelSettings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class LocalHost:
-    """This machine, whose agent is in this process."""
+class KnownHost:
+    """A machine of which all is known at any time."""
 
     reachable, profiles, seen_at = True, None, INFINITY
+
+    def allowed(self) -> Iterable[ProfileSettings]:
+        return ()
+
+    async def refresh(self) -> None:
+        pass
+
+
+class LocalHost(KnownHost):
+    """This machine, whose agent is in this process."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent, self.name = agent, agent.name
@@ -20381,9 +20391,6 @@ class LocalHost:
     def address_of(self, instance: Document) -> ServerSettings:
         """The server for requests to an instance, with its key."""
         return ServerSettings(str(instance["base_url"]))
-
-    async def refresh(self) -> None:
-        pass
 
     async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
         """An instance's output from a place on, or all if it was cut or begun anew; where that
@@ -20462,10 +20469,8 @@ class RemoteHost:
         await self.refresh()
 
 
-class ManagedHost:
+class ManagedHost(KnownHost):
     """A machine of a pool that another balancer keeps, as described by that."""
-
-    reachable, profiles, seen_at = True, None, INFINITY
 
     def __init__(self, name: str, manager: str, key: str) -> None:
         self.name, self.manager, self._key = name, manager, key
@@ -20473,9 +20478,6 @@ class ManagedHost:
 
     def report(self) -> dict[str, Any]:
         return {"instances": self.instances}
-
-    def allowed(self) -> Iterable[ProfileSettings]:
-        return ()
 
     def address_of(self, instance: Document) -> ServerSettings:
         """The server for requests to an instance: the manager, if the instance listens on another

@@ -20200,6 +20200,18 @@ def test_the_output_of_a_manager_s_instance_is_shown_by_the_manager():
         asyncio.run(host.output_from("g1-qwen", 0))
 
 
+@asynchronous
+async def test_a_request_that_is_tried_again_looks_at_a_successor_s_host_too():
+    host = lite.ManagedHost("g1", "http://lb:8888", "k3y")
+    pool = lite.ModelPool(lite.Balancer(lite.Settings()).core)
+    host.instances = {"g1-qwen": {
+        "alias": "g1-qwen", "model_alias": "qwen", "worker_url": "http://a", "status": "absent",
+        "pid": 1, "retry_in_s": 0.0}}
+    pool.hosts["g1"] = host
+    await pool.look_again("qwen")
+    assert not pool.named
+
+
 @pytest.mark.parametrize("key", ("worker_key", "registration_key", "worker_key_file",
                                  "registration_address"))
 def test_servers_that_register_need_no_list_of_servers(key):
