@@ -2826,7 +2826,8 @@ PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
 RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
-EXTRA_MEMBERS = ("vllm_xargs", "sampling_params")
+# Members within which vLLM also accepts reserved ones: in themselves, or in a member of theirs.
+NESTED_EXTRAS = {"vllm_xargs": "", "sampling_params": "extra_args"}
 # Members that decide whether another server would repeat an answer, or can continue it; the plain
 # ones do not matter with the values given here.
 REPEAT_MEMBERS = ("temperature", "seed", "top_k")
@@ -2842,7 +2843,7 @@ PLAIN_MEMBERS: dict[str, tuple[Any, ...]] = {
 }
 ASKED_MEMBERS = frozenset((*REPEAT_MEMBERS, *STORED_MEMBERS, *PLAIN_MEMBERS))
 READ_MEMBERS = tuple(dict.fromkeys((
-    *CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS, *EXTRA_MEMBERS,
+    *CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS, *NESTED_EXTRAS,
     *ASKED_MEMBERS)))
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS, *PROMPT_MEMBERS)
 Content = bytes | bytearray
@@ -2892,7 +2893,7 @@ def decode_content(content: Content, coding: str, limit: int, found: bytearray) 
         if decoder.eof:  # consecutive members make one file, RFC 1952 §2.2
             decoder, members = begin(data[:2] or bytes(content[at : at + 2])), members + 1
         if not data and getattr(decoder, "needs_input", True):
-            data = bytes(memoryview(content)[at : at + CODED_SLICE_BYTES])
+            data = bytes(content[at : at + CODED_SLICE_BYTES])
             at += len(data)
         try:
             piece = decoder.decompress(data, DECODED_SLICE_BYTES)
@@ -3344,7 +3345,7 @@ def read_prompt(
             leading.append(said)
             behind += len(said) if at > start else 0
     size, lead = len(content) - start - behind, sum(map(len, leading)) // BYTES_PER_TOKEN
-    raw = bytes(memoryview(content)[start : start + LINK_ENDS[-1]])
+    raw = bytes(content[start : start + LINK_ENDS[-1]])
     chain, link, begin = [], hash((model, *leading)), 0
     if lead:
         chain.append(link)
@@ -3354,7 +3355,7 @@ def read_prompt(
         link = hash((link, raw[begin:end]))
         chain.append(link)
         begin = end
-    opening = hashlib.blake2b(raw[:OPENING_BYTES], digest_size=16).digest()
+    opening = zlib.crc32(raw[:OPENING_BYTES]).to_bytes(4)
     tokens = lead + prompt_tokens(raw, size)
     covered = covered_tokens(tokens, lead, len(chain) - (lead > 0)) if chain else ()
     return Prompt(tokens, tuple(chain), covered, lead, opening)
@@ -3395,7 +3396,7 @@ def leading_member(
             return json.dumps(json.loads(content[begin:end])), begin
     except (ValueError, RecursionError):
         begin, end = (0, 0) if spans is None else spans[name]
-    return bytes(memoryview(content)[begin:end]).decode("latin-1"), begin  # as written
+    return content[begin:end].decode("latin-1"), begin  # as written
 
 
 def prompt_tokens(raw: bytes, size: int) -> int:
@@ -3674,19 +3675,15 @@ def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     return (first or [""])[0], (last or [""])[0]
 
 
-# Members within which vLLM also accepts reserved ones.
-NESTED_EXTRAS = (("vllm_xargs", ""), ("sampling_params", "extra_args"))
-
-
 OTHER_UTF = re.compile(rb"(?s)(?=.{0,3}\0|\xff\xfe|\xfe\xff)[\0\xff\xfe \t\r\n]*+\{")
 # Members in which a client could send what only servers may.
-GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_id"))
+GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *NESTED_EXTRAS, "request_id"))
 
 
 def refuse_guarded(content: Content, spans: Spans, members: Mapping[str, Any]) -> None:
     """Raise BadMessage if one of GUARDED_MEMBERS holds something that a client must not send."""
     nested = set[str]()
-    for outer, inner in NESTED_EXTRAS:
+    for outer, inner in NESTED_EXTRAS.items():
         said = members.get(outer)
         if said is None and outer in spans:  # read_members left it out as too long
             with contextlib.suppress(ValueError, RecursionError):
@@ -4340,7 +4337,7 @@ class Transcript:
     that it aborts, too.  It counts in `memory`; beyond `limit` bytes in that, it is `lost`."""
 
     __slots__ = ("fault", "lost", "join", "doubts", "_memory", "_limit", "_begin", "_end",
-                 "_between", "_short", "_whole", "_blocks", "_last", "_torn", "_lessons",
+                 "_between", "_short", "_whole", "_blocks", "_last", "withheld", "_lessons",
                  "_counted")
 
     def __init__(self, memory: Memory, limit: int, doubts: bool = False) -> None:
@@ -4354,12 +4351,13 @@ class Transcript:
         self._short: list[bytes] = []  # that rest, of the last pieces
         self._whole = bytearray()  # before those, pieces that are unlike others
         self._blocks: list[tuple[bytes, bytes, bytes, bool]] = []  # begin, end, packed, compressed
-        self._last = self._torn = b""  # the last unusual piece; an event that has no end yet
+        self._last = b""  # the last unusual piece
+        self.withheld = b""  # an event that has no end yet, or a server's report of its failure
         self._lessons = 0
 
     def take(self, piece: bytes) -> bytes:
         """Take the next piece of the stream.  Returns what to show of it."""
-        if piece.startswith(self._begin) and piece.endswith(self._end) and not self._torn:
+        if piece.startswith(self._begin) and piece.endswith(self._end) and not self.withheld:
             self._short.append(piece[self._between])
             if len(self._short) >= SHORT_PIECES:
                 self._pack()
@@ -4368,23 +4366,18 @@ class Transcript:
 
     def rest(self) -> bytes:
         """The bytes held back until the stream's end, to be shown now.  Raises BadMessage."""
-        rest, self._torn = self._torn, b""
+        rest, self.withheld = self.withheld, b""
         return rest if self.join is None else rest + self.join.rest()
 
     @property
     def doubted(self) -> bool:
         """Whether it ends with a response.completed that was not shown."""
-        return self.fault is Fault.ABORTED and bool(COMPLETED.search(self._torn))
-
-    @property
-    def withheld(self) -> bytes:
-        """The bytes held back: a server's report of its failure, or the beginning of an event."""
-        return self._torn
+        return self.fault is Fault.ABORTED and bool(COMPLETED.search(self.withheld))
 
     def go_on(self, join: Any = None) -> None:
         """Prepare for the stream of another server, which continues this one."""
         self._pack()
-        self.fault, self._torn, self.join = None, b"", join
+        self.fault, self.withheld, self.join = None, b"", join
         self._begin, self._lessons = NO_MATCH, LESSONS_LIMIT
 
     @property
@@ -4419,7 +4412,7 @@ class Transcript:
         """Take a piece that is unlike those before, or not whole.  Returns what to show of it."""
         if self.join is not None:
             piece = self.join.take(piece)
-        piece, cut, self._torn = self._torn + piece, 0, b""
+        piece, cut, self.withheld = self.withheld + piece, 0, b""
         if self.lost:
             self._blocks = [*self._blocks[1 - TAIL_PIECES :], (b"", b"", piece, False)]
             return piece
@@ -4437,8 +4430,8 @@ class Transcript:
                 break
             if not MAY_END.match(event):
                 cut = begin
-        self._torn = piece[cut:]  # or a server's report of its failure
-        if len(self._torn) > TORN_LIMIT_BYTES:  # no model sends such an event
+        self.withheld = piece[cut:]
+        if len(self.withheld) > TORN_LIMIT_BYTES:  # no model sends such an event
             self._lose()
             return piece
         if cut:
@@ -5366,10 +5359,6 @@ class Health(NamedTuple):
             return self.opened("circuit open: no answer to a probe", now, s)
         return self.half_opened(now).succeeded(now, s)
 
-    def died(self, why: str, now: float) -> Health:
-        """The health after the server died with a request."""
-        return self.taken_out(f"it died with a request: {why}", now)
-
     def taken_out(self, why: str, now: float) -> Health:
         """The health until checks are good again."""
         health = self.become(State.UNHEALTHY, why, now)
@@ -5955,9 +5944,8 @@ def engine_id(server: str, rank: int | None) -> str:
 
 def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
     """The ids and ranks of a server's engines; its own id and None if it has one engine."""
-    if server.data_parallel_size == 1:
-        return [(server.id, None)]
-    return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
+    count = server.data_parallel_size
+    return [(engine_id(server.id, rank), rank) for rank in (range(count) if count > 1 else [None])]
 
 
 # ══════════
@@ -6886,6 +6874,7 @@ class Policy:
     weighs: ClassVar[bool] = True  # weights matter; servers of weight 0 are never eligible
     tie: ClassVar[float] = 1.02  # costs up to so many times the lowest count as equal
     in_seconds: ClassVar[bool] = False  # the unit of its costs
+    said: ClassVar[str] = ""  # what a cost comes from, if not from numbers
 
     def __init__(self, s: Settings) -> None:
         self.settings = s
@@ -6896,7 +6885,7 @@ class Policy:
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The numbers behind each server's cost, in words for people; called after `costs`."""
-        raise NotImplementedError
+        return [f"{self.said}, weight {view.settings.weight:g}" for view in eligible.views]
 
     def tie_for(self, call: Call) -> float:
         """The factor up to which costs count as equal."""
@@ -6943,7 +6932,7 @@ class Policies:
         """The policy for calls for a model; models that nobody serves share one, by `label`."""
         s = self.settings
         key = s.policies.get(model or "", s.policy), label
-        return self.known[key] if key in self.known else self.named(*key)
+        return self.known.get(key) or self.named(*key)
 
     def named(self, name: str, label: str) -> Policy:
         """The policy of a name, for all calls with the same label."""
@@ -7038,7 +7027,7 @@ TURNS_SPARE = 64  # turns kept beyond four times as many as there are servers
 class RoundRobin(Policy):
     """Servers in turn, by weight: after a turn, a server waits 1 / weight for its next."""
 
-    tie = 1.0
+    tie, said = 1.0, "its turn"
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
@@ -7054,9 +7043,6 @@ class RoundRobin(Policy):
     def turn(self, view: ServerView) -> float:
         return max(self.turns.setdefault(view.id, self.now + 1 / view.settings.weight), self.now)
 
-    def terms(self, eligible: Eligible) -> list[str]:
-        return [f"its turn, weight {view.settings.weight:g}" for view in eligible.views]
-
     def chosen(self, view: ServerView) -> None:
         self.now = self.turn(view)
         self.turns[view.id] = self.now + 1 / view.settings.weight
@@ -7066,13 +7052,10 @@ class RoundRobin(Policy):
 class Drawn(Policy):
     """A random server, by weight."""
 
-    tie = 1.0
+    tie, said = 1.0, "drawn"
 
     def costs(self, eligible: Eligible) -> list[float]:
         return [eligible.draw.expovariate(view.settings.weight) for view in eligible.views]
-
-    def terms(self, eligible: Eligible) -> list[str]:
-        return [f"drawn, weight {view.settings.weight:g}" for view in eligible.views]
 
 
 @policy("power_of_two")
@@ -7256,10 +7239,6 @@ class Ranking(NamedTuple):
     def call(self) -> Call:
         return self.eligible.call
 
-    def server_of(self, id: str) -> str:
-        """The id of an engine's server; a server's own id."""
-        return next((view.server for view in self.views if view.id == id), id)
-
     @property
     def server(self) -> str:
         """The id of the server to ask, even if `best` is an engine."""
@@ -7288,12 +7267,18 @@ class Ranking(NamedTuple):
         return any(view.healthy and not view.health.request_failures
                    and view.has_room(self.eligible.moment.now) for view in self.eligible.views)
 
-    def as_short(self, id: str) -> frozenset[str]:
-        """The ids of the servers whose context is no longer than that of the server `id`."""
-        model, views = self.call.model, self.views
-        context = {view.server: view.context(model) for view in views if view.has(model)}
-        most = context.get(self.server_of(id), INFINITY)
-        return frozenset(v.server for v in views if context.get(v.server, 0.0) <= most)
+    @property
+    def as_short(self) -> frozenset[str]:
+        """The ids of the servers that take no longer prompts than the one to ask."""
+        model = self.call.model
+        most = self.asked.context(model) if self.asked else INFINITY
+        return frozenset(
+            v.server for v in self.views if not v.has(model) or v.context(model) <= most)
+
+    @property
+    def has_larger(self) -> bool:
+        """Whether another server takes longer prompts than the one to ask."""
+        return not self.as_short.issuperset(view.server for view in self.views)
 
     def unlike(self, view: ServerView | None) -> frozenset[str]:
         """The ids of the servers with another build than `view`, which may answer differently."""
@@ -7521,7 +7506,7 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
 
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
     """The ranking of the servers for a call; made for each attempt."""
-    call, pinned_to, tried, role = wanted.call, wanted.pinned_to, wanted.tried, wanted.role
+    call, tried, pinned_to, by_name, role = wanted
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
     lasting = fleet.derived.get(call.model) or lasting_of(fleet, call.model, moment)
     varies = role or moment.enforced or call.prompt.tokens * ESTIMATE_ROOM > lasting.context
@@ -7529,7 +7514,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     if pinned_to:
         kept = [n for n, view in enumerate(views) if pinned_to in (view.id, view.server)]
         views, cached, reasons = [views[n] for n in kept], [cached[n] for n in kept], None
-        if wanted.by_name:  # it takes no seat there
+        if by_name:  # it takes no seat there
             views, moment = [v.by_name for v in views], moment._replace(enforced=False)
     if tried and reasons:
         reasons = [why or TRIED * (v.settings.id in tried) for v, why in zip(views, reasons)]
@@ -7798,12 +7783,6 @@ class Relay(NamedTuple):
     lease: Lease | None
     attempt: int  # from 1
 
-    @property
-    def has_larger(self) -> bool:
-        """Whether another server takes longer prompts than this one."""
-        servers = {view.server for view in self.ranking.views}
-        return len(self.ranking.as_short(self.server)) < len(servers)
-
     def why(self) -> str:
         return self.ranking.why()
 
@@ -7941,7 +7920,7 @@ class Retries:
             self.searched += 1
             return True
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED:
-            self.tried |= ranking.as_short(ranking.best or "")
+            self.tried |= ranking.as_short
         return fault is not None and may_retry(fault, self.settings) and self.left > 0
 
     @property
@@ -8309,7 +8288,6 @@ class Visit(NamedTuple):
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it comes from a trusted proxy."""
         return is_trusted(self.peer, self.settings.trusted_proxies)
 
     @property
@@ -8331,7 +8309,6 @@ class Visit(NamedTuple):
         return web_origin(f"{schemes[0]}://{self.names()[0]}")
 
     def is_own(self, origin: str) -> bool:
-        """Whether a page of that origin is ours."""
         ours = self.origin()
         return ours is not None and web_origin(origin) == ours
 
@@ -12527,7 +12504,7 @@ class Attempt:
         terms = Terms(
             response.notation, self.settings.retry_statuses, request.infers, request.searches,
             self.pool.key_line != "", response.heartbeat_sent,
-            head.status == 400 and self.step.has_larger,
+            head.status == 400 and self.step.ranking.has_larger,
             head.status == 500 and self._wants_second_opinion(self.server))
         return AnswerJudge(head, framing, terms)
 
@@ -12744,7 +12721,7 @@ class Case:
         """Book a server's death.  Returns the failure, with the number of servers that have died
         with this request or its content."""
         core, s, now = self.core, self.settings, loop_time()
-        core.judge(server, Health.died, failure.text, now)
+        core.judge(server, Health.taken_out, f"it died with a request: {failure.text}", now)
         core.metrics.deaths.add(core.fleet.name_of(server))
         self._deaths += 1
         if not (s.poison_hold and self.digest()):
@@ -18099,10 +18076,6 @@ class Leg(NamedTuple):
     shared: Shared | None = None  # with the other leg; None for a plain request
     handled: bool = False  # it carries the prefill leg's handle, which works once
     way: Way | None = None  # how it continues a stream that broke
-
-    @property
-    def has_larger(self) -> bool:
-        return Relay(*self[:5]).has_larger
 
     def why(self) -> str:
         why = self.ranking.why()

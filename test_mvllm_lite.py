@@ -4577,7 +4577,7 @@ def health_after(script, **settings):
         elif letter in "XYZ":
             health = health.confirmed(letter.lower().encode(), "500", now, s)
         elif letter == "d":
-            health = health.died("refused", now)
+            health = health.taken_out("it died with a request: refused", now)
         elif letter in "pq":
             health = health.probed(letter == "p", now, s)
         elif letter == "g":
@@ -7078,7 +7078,7 @@ def test_a_prompt_that_nobody_else_can_take_goes_to_a_server_that_it_may_not_fit
     small = server(0, models={"m": {"max_model_len": 2000}})
     down, other = server(1, state=State.UNHEALTHY), server(2, models={"n": {"max_model_len": 9000}})
     ranking = judged([small, down, other], tokens=9000)
-    assert ranking.best == "s0" and ranking.as_short("s0") == {"s0", "s2"}
+    assert ranking.best == "s0" and ranking.as_short == {"s0", "s2"}
 
 
 def test_who_fits_comes_before_pools_and_tiers():
