@@ -20914,7 +20914,7 @@ class ModelPool(Holdings):
         registered = book.book.by_id.values() if isinstance(book, Registrations) else ()
         for one in registered:
             known = self.hosts.get(one.id)
-            if one.is_agent and not isinstance(known, LocalHost) and (
+            if one.is_agent and not isinstance(known, KnownHost) and (
                     known is None or (known.url, known.public_url) != (one.worker_url, one.url)):
                 host = RemoteHost(one.id, one.worker_url, one.url, self.key, now)
                 host.said = known.said if known else host.said
