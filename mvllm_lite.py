@@ -24,7 +24,6 @@ which call `main` of the command line, come after them.  `mvllm_lite.py help par
 lines.
 
      #  room            what it owns
-    ──  ─────────────  ───────────────────────────────────────────────────────────────────────
      0  front matter   ~ this map, the imports, the limits that several rooms share
 
      I  HTTP             1,110 lines, for each message
@@ -1144,8 +1143,7 @@ class Hop(NamedTuple):
 
 def came_by(fields: Fields, name: str) -> bool:
     """Whether a message has already passed the process with a name, as Via tells."""
-    via = fields.values.get("via")
-    return via is not None and name in via
+    return name in fields.get("via")
 
 
 @remembered
@@ -1315,7 +1313,8 @@ def parse_samples(
 ) -> Iterator[Sample]:
     """The samples of the named metrics, or of all, among the first `limit` lines.  Comments and
     malformed lines are skipped: one bad line must not hide a server's load."""
-    lines = page.split("\n") if names is None else named_lines(page, names)
+    # Among named ones, the search skips the other 900 lines of a vLLM page at next to no cost.
+    lines = page.split("\n") if names is None else search_for(tuple(names)).findall(f"\n{page}")
     for line in itertools.islice(lines, limit):
         if len(line) > SAMPLE_LIMIT or (match := SAMPLE_LINE.fullmatch(line)) is None:
             continue
@@ -1332,12 +1331,6 @@ def parse_labels(text: str) -> Mapping[str, str]:
     while (label := LABEL.match(text, at)) is not None:
         labels[label[1]], at = unescape(label[2]), label.end()
     return labels
-
-
-def named_lines(page: str, names: Iterable[str]) -> Iterator[str]:
-    """The lines of `page` that begin with one of the names.  The search skips the other 900 lines
-    of a vLLM page at next to no cost."""
-    return (line[1] for line in search_for(tuple(names)).finditer(f"\n{page}"))
 
 
 @functools.cache
@@ -1516,8 +1509,7 @@ def real(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
     return check
 
 
-def integer(low: int, high: float = INFINITY) -> Clean:
-    return real(low, high, whole=True)
+integer = functools.partial(real, whole=True)
 
 
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -3540,7 +3532,8 @@ def read_call(
     """The call that a request makes, and the content to send.  The model is named in JSON or form
     content, or in the query if there is no content; only an alias, or the default model where none
     is named, changes the content.  Raises BadMessage."""
-    boundary, members = b"", dict[str, Any]()
+    boundary = b""
+    members: dict[str, Any] = {}
     if (content_type := head.fields.values.get("content-type", ""))[:1] in ("m", "M"):
         boundary = form_boundary(content_type)
     if boundary:
@@ -3593,10 +3586,9 @@ def stored_response(method: str, path: str, members: Mapping[str, Any], spans: S
     if found is not None and (method != "POST" or found[2]):
         return found[1]
     said = members.get("previous_response_id", "")
-    if not said and spans is not None and "previous_response_id" in spans:
-        begin, end = spans["previous_response_id"]
-        if end - begin > MEMBER_LIMIT_BYTES:
-            raise BadMessage("previous_response_id is too long for an id")
+    begin, end = (spans or {}).get("previous_response_id", (0, 0))
+    if end - begin > MEMBER_LIMIT_BYTES:
+        raise BadMessage("previous_response_id is too long for an id")
     return said if isinstance(said, str) else ""
 
 
@@ -4908,11 +4900,11 @@ def first_prospect(call: Call, head: RequestHead, path: str, s: Settings) -> Pro
     if "x-data-parallel-rank" in head.fields.values:
         return Prospect(None, "rank", "its client chose the engine")
     asked = call.asks if head.method == "POST" else None
-    return prospect_of(dict(asked), path, allowed) if asked is not None else Prospect(
+    return prospect_of(asked, path, allowed) if asked is not None else Prospect(
         None, "path", f"{head.method} of this path is not gone on with")
 
 
-def prospect_of(asked: Shape, path: str, allowed: str) -> Prospect:
+def prospect_of(asked: Mapping[str, Any], path: str, allowed: str) -> Prospect:
     """The prospect by what a request asks for; what is shown may change it later."""
     if path not in RESUMED_PATHS:
         return Prospect(None, "path", f"{path} is not gone on with")
@@ -6100,13 +6092,14 @@ class Leases(Protocol):
 
 
 class Lease:
-    """Counts a request in flight until `end`, and its prompt as pending until its answer begins."""
+    """Counts a request in flight until `end`, and its prompt as pending until its answer begins, if
+    the server `reads` that, and does not get its blocks from another."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
                  "_fresh", "_tokens", "_begun")
 
     def __init__(
-        self, fleet: Leases, id: str, now: float, prompt: Prompt, reads: bool = True
+        self, fleet: Leases, id: str, now: float, prompt: Prompt = NO_PROMPT, reads: bool = True
     ) -> None:
         self.id, self._fleet, self._sent_at = id, fleet, now
         self._trial = self.pending = self._ahead = self._cached = 0
@@ -6330,12 +6323,6 @@ class Fleet:
         self.derived.clear()
 
     # News from leases.
-
-    def lease(
-        self, id: str, now: float, prompt: Prompt = NO_PROMPT, reads: bool = True
-    ) -> Lease:
-        """A lease at a server that `reads` the prompt, or gets its blocks from another."""
-        return Lease(self, id, now, prompt, reads)
 
     def answers_by(self, lease: Lease, moment: float) -> None:
         """Count a lease's prompt as read at a moment, unless its answer begins earlier."""
@@ -13242,7 +13229,7 @@ class Exchange:
         """Take a lease with a server.  A plain answer begins only when all is generated, so its
         prompt counts as read after the time that reading should take."""
         fleet, now = self.core.fleet, self.loop.time()
-        lease = fleet.lease(server, now, self.call.prompt, role != "decode")
+        lease = Lease(fleet, server, now, self.call.prompt, role != "decode")
         if lease.pending and not self.call.stream:
             fleet.answers_by(lease, now + lease.reading_s())
         return lease
@@ -18730,7 +18717,7 @@ async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
 
 
 def with_lease(x: Exchange, leg: Leg) -> Leg:
-    lease = leg.lease or x.core.fleet.lease(leg.server, loop_time(), x.call.prompt)
+    lease = leg.lease or Lease(x.core.fleet, leg.server, loop_time(), x.call.prompt)
     return leg._replace(lease=lease)
 
 
@@ -25143,7 +25130,7 @@ class PolicyRouter:
         assert ranking.asked is not None
         ranking.policy.chosen(ranking.asked)
         prompt = ranking.eligible.call.prompt
-        leases[number] = self.fleet.lease(ranking.asked.id, now, prompt, reads)
+        leases[number] = Lease(self.fleet, ranking.asked.id, now, prompt, reads)
         return self.ids.index(ranking.asked.id)
 
     def has_read(self, number: int, now: float) -> None:

@@ -3554,7 +3554,7 @@ def test_what_servers_put_first_counts_wherever_it_stands(name, value, large):
 def test_tools_that_follow_the_messages_do_not_hide_what_is_known_of_a_chat():
     fleet, tools = fleet_of(16), [{"name": f"f{n}", "description": "d" * 1000} for n in range(40)]
     first, second = (prompt_in(messages=talk(*[2000] * turns), tools=tools) for turns in (3, 4))
-    fleet.lease("s0", 0.0, first)
+    lite.Lease(fleet, "s0", 0.0, first)
     assert fleet.cached(second)[0] > 0.9 * second.tokens - 600
 
 
@@ -3563,7 +3563,7 @@ def test_an_image_does_not_hide_the_text_before_it():
                     {"type": "image_url",
                      "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}})
     text = talk(40_000)
-    fleet.lease("s0", 0.0, prompt_in(messages=text))
+    lite.Lease(fleet, "s0", 0.0, prompt_in(messages=text))
     second = prompt_in(messages=[*text, {"role": "user", "content": [image]}])
     assert 10_500 < second.tokens < 12_000 and fleet.cached(second)[0] > 9_000
 
@@ -3572,7 +3572,7 @@ def test_a_long_system_prompt_before_a_short_question_is_known():
     fleet = fleet_of(16)
     first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}])
                      for text in ("hi", "ho"))
-    fleet.lease("s0", 0.0, first)
+    lite.Lease(fleet, "s0", 0.0, first)
     assert (first.tokens > 10_000 and fleet.cached(first)[0] > 9_000
             and fleet.cached(second)[0] > 9_000)
 
@@ -4710,7 +4710,7 @@ def fleet_of(*capacities, healthy=True, models=None):
 
 def test_a_lease_counts_whatever_ends_it():
     fleet = fleet_of(1)
-    with pytest.raises(KeyError), leased(fleet.lease("s0", 0.0)):
+    with pytest.raises(KeyError), leased(lite.Lease(fleet, "s0", 0.0)):
         assert fleet.in_flight("s0") == 1
         raise KeyError
     assert fleet.in_flight("s0") == 0
@@ -4718,7 +4718,7 @@ def test_a_lease_counts_whatever_ends_it():
 
 def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
     fleet = fleet_of(1, 2, 3)
-    with leased(fleet.lease("s1", 0.0)):
+    with leased(lite.Lease(fleet, "s1", 0.0)):
         added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)],
                                       5.0)
         assert (added, draining) == (["new"], ["s0", "s1"])
@@ -4731,7 +4731,7 @@ def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
 
 def test_a_server_that_is_wanted_again_while_it_drains_stays():
     fleet = fleet_of(1)
-    with leased(fleet.lease("s0", 0.0)):
+    with leased(lite.Lease(fleet, "s0", 0.0)):
         fleet.apply([], 1.0)
         assert fleet.apply([lite.ServerSettings("s0", 4)], 2.0) == (["s0"], [])
     (view,) = fleet.views()
@@ -4741,7 +4741,7 @@ def test_a_server_that_is_wanted_again_while_it_drains_stays():
 
 def test_news_of_a_server_that_has_left_are_ignored():
     fleet = fleet_of(1)
-    with leased(fleet.lease("s0", 0.0)):
+    with leased(lite.Lease(fleet, "s0", 0.0)):
         fleet.apply([], 1.0)
     fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
     fleet.models_listed("s0", {}, 1.0)
@@ -4938,9 +4938,9 @@ def counts_of(fleet, url="s0"):
 def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins():
     fleet, first, second = (fleet_of(16), prompt_of_links(range(1, 11)),
                             prompt_of_links(range(1, 16)))
-    lease = fleet.lease("s0", 0.0, first)
+    lease = lite.Lease(fleet, "s0", 0.0, first)
     assert (lease.pending, counts_of(fleet)) == (640, (1, 640, 0))
-    again = fleet.lease("s0", 0.0, second)
+    again = lite.Lease(fleet, "s0", 0.0, second)
     assert (again.pending, counts_of(fleet)) == (320, (2, 960, 0))
     for _ in range(2):  # once is enough
         lease.answered(1.0, True)
@@ -4953,7 +4953,7 @@ def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins()
 
 def test_an_answer_that_begins_after_the_end_changes_nothing():
     fleet = fleet_of(16)
-    lease = fleet.lease("s0", 0.0, lite.Prompt(1000))
+    lease = lite.Lease(fleet, "s0", 0.0, lite.Prompt(1000))
     with leased(lease):
         pass
     lease.answered(0.5, False)
@@ -4963,30 +4963,30 @@ def test_an_answer_that_begins_after_the_end_changes_nothing():
 def test_a_prompt_that_was_never_answered_was_perhaps_not_read():
     fleet, prompt, longer = (fleet_of(16), prompt_of_links(range(1, 11)),
                              prompt_of_links(range(1, 16)))
-    with leased(fleet.lease("s0", 0.0, prompt)):
+    with leased(lite.Lease(fleet, "s0", 0.0, prompt)):
         assert fleet.cached(prompt) == [640]
     assert fleet.cached(prompt) == [0]
-    fleet.lease("s0", 0.0, prompt).answered(0.5, True)
-    with leased(fleet.lease("s0", 1.0, longer)):
+    lite.Lease(fleet, "s0", 0.0, prompt).answered(0.5, True)
+    with leased(lite.Lease(fleet, "s0", 1.0, longer)):
         pass
     assert fleet.cached(longer) == [640]
 
 
 def test_a_chat_that_goes_on_while_an_earlier_turn_is_given_up_can_go_on():
     fleet = fleet_of(16)
-    fleet.lease("s0", 0.0, prompt_of_links(range(1, 5))).answered(0.1, True)
-    given_up, next_turn = (fleet.lease("s0", 1.0, prompt_of_links(range(1, 7))),
-                           fleet.lease("s0", 1.0, prompt_of_links(range(1, 16))))
+    lite.Lease(fleet, "s0", 0.0, prompt_of_links(range(1, 5))).answered(0.1, True)
+    given_up, next_turn = (lite.Lease(fleet, "s0", 1.0, prompt_of_links(range(1, 7))),
+                           lite.Lease(fleet, "s0", 1.0, prompt_of_links(range(1, 16))))
     given_up.end()
     # the later request brings all of them
     assert fleet.cached(prompt_of_links(range(1, 16))) == [15 * 64]
     next_turn.answered(2.0, True)
-    assert fleet.lease("s0", 3.0, prompt_of_links(range(1, 20))).pending >= 4 * 64
+    assert lite.Lease(fleet, "s0", 3.0, prompt_of_links(range(1, 20))).pending >= 4 * 64
 
 
 def test_a_lease_with_a_server_that_has_left_counts_nowhere():
     fleet = fleet_of(16)
-    lease = fleet.lease("new", 0.0, lite.Prompt(1000))
+    lease = lite.Lease(fleet, "new", 0.0, lite.Prompt(1000))
     with leased(lease):
         fleet.apply([lite.ServerSettings("new", 4)], 1.0)
     assert counts_of(fleet, "new") == (0, 0, 0)
@@ -5006,8 +5006,8 @@ def test_leases_add_up_whatever_happens_meanwhile():
             start = draw.randrange(0, 2000, 100)
             prompt = prompt_of_links(range(start + 1, start + draw.randrange(1, 100)),
                                      draw.choice((3, 64)))
-            open_leases.append((view.id,
-                                fleet.lease(view.id, now, draw.choice((prompt, lite.NO_PROMPT)))))
+            prompt = draw.choice((prompt, lite.NO_PROMPT))
+            open_leases.append((view.id, lite.Lease(fleet, view.id, now, prompt)))
         elif dice < 0.66 and open_leases:
             for _ in range(draw.choice((1, 1, 2))):
                 draw.choice(open_leases)[1].answered(now, draw.random() < 0.5)
@@ -5046,7 +5046,7 @@ def test_leases_add_up_whatever_happens_meanwhile():
 def test_a_trial_ends_with_its_lease():
     fleet = fleet_of(16)
     fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    with leased(fleet.lease("s0", 31.0, lite.Prompt(500))):
+    with leased(lite.Lease(fleet, "s0", 31.0, lite.Prompt(500))):
         assert counts_of(fleet) == (1, 500, 1)
         fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 32.0)
     assert counts_of(fleet) == (0, 0, 0)
@@ -5058,8 +5058,8 @@ def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
         fleet = lite.Fleet()
         fleet.apply(settings, 0.0)
         fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
-        with leased(fleet.lease("d@1", 0.0)):  # no trial yet; keeps its engine
-            with leased(fleet.lease("d@0", 31.0)):
+        with leased(lite.Lease(fleet, "d@1", 0.0)):  # no trial yet; keeps its engine
+            with leased(lite.Lease(fleet, "d@0", 31.0)):
                 fleet.apply([], 32.0)
                 if not away_at_the_end:
                     fleet.apply(settings, 33.0)
@@ -5068,7 +5068,7 @@ def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
     fleet = lite.Fleet()
     fleet.apply(settings, 0.0)
     fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
-    with leased(fleet.lease("d@0", 31.0)):
+    with leased(lite.Lease(fleet, "d@0", 31.0)):
         fleet.apply([], 32.0)
         fleet.apply(settings, 33.0)
     assert [view.counts.on_trial for view in fleet.views()] == [0, 0]
@@ -5132,7 +5132,7 @@ def test_what_a_step_takes_is_learned_from_reports(before, after, elapsed_s, ste
 def test_reports_say_nothing_of_a_step_while_prompts_of_ours_are_read():
     fleet = fleet_of(16)
     fleet.view("s0").pace.step_s = 0.01
-    lease = fleet.lease("s0", 0.0, lite.Prompt(5000))
+    lease = lite.Lease(fleet, "s0", 0.0, lite.Prompt(5000))
     for n in range(4):
         reported(fleet, "s0", n * 0.5, running=4, tokens=n * 100, generation_tokens=n * 100)
     assert fleet.view("s0").pace.samples == 0
@@ -5153,7 +5153,7 @@ def test_the_step_of_a_server_is_learned_from_reading_where_answers_do_not_tell_
 ):
     fleet = Fleet([server(0, role=role, step_s=0.01, retest_at=retest_at)])
     steps = 1.5 * 1.01 + tokens * lite.PROMPT_STEPS
-    fleet.lease("s0", NOW, lite.Prompt(tokens)).answered(NOW + steps * 0.02, True)
+    lite.Lease(fleet, "s0", NOW, lite.Prompt(tokens)).answered(NOW + steps * 0.02, True)
     assert fleet.view("s0").pace.step_s == pytest.approx(step_s)
 
 
@@ -5173,8 +5173,8 @@ FOREIGN_READ = table(  # reports 0.5 s apart: running, read, generated, cached; 
 @pytest.mark.parametrize("said, begins, tokens_per_s", FOREIGN_READ)
 def test_what_a_server_reads_for_others_is_learned_from_reports(said, begins, tokens_per_s):
     fleet = fleet_of(16)
-    fleet.lease("s0", 0.0, lite.Prompt(0))
-    ours = fleet.lease("s0", 0.0, lite.Prompt(1000))
+    lite.Lease(fleet, "s0", 0.0, lite.Prompt(0))
+    ours = lite.Lease(fleet, "s0", 0.0, lite.Prompt(1000))
     for n, (running, read, made, *hits) in enumerate(said):
         if n == begins + 1:
             ours.answered(n * 0.5, False)
@@ -5188,7 +5188,7 @@ def test_what_a_server_reads_for_others_is_learned_from_reports(said, begins, to
 def test_the_time_that_it_reads_for_others_is_not_taken_for_a_slow_step():
     view = server(0, step_s=0.01)
     fleet = Fleet([view._replace(learned=view.learned._replace(foreign_read=1000.0))])
-    lease = fleet.lease("s0", 0.0, lite.Prompt(100))
+    lease = lite.Lease(fleet, "s0", 0.0, lite.Prompt(100))
     lease.answered(1.0, True)
     steps = 100 * 1.01 + 2 * 1000 * lite.PROMPT_STEPS  # in two seconds
     lease.complete(3.0, 101, "m")
@@ -5208,7 +5208,7 @@ def test_a_server_that_reads_for_others_is_slower():
 
 def reads(fleet, tokens, steps, at=0.0, learn=True):
     """One prompt of so many tokens, answered after so many steps."""
-    lease = fleet.lease("s0", at, lite.Prompt(tokens))
+    lease = lite.Lease(fleet, "s0", at, lite.Prompt(tokens))
     lease.answered(at + steps * fleet.view("s0").pace.step_s, learn)
     lease.end(at + 99)
     return fleet.view("s0").pace.prompt_steps / lite.PROMPT_STEPS
@@ -5239,7 +5239,7 @@ def test_it_is_not_learned_where_the_time_says_nothing_of_it():
 def test_prompts_that_were_sent_before_are_read_first():
     fleet = fleet_of(16)
     step_s = fleet.view("s0").pace.step_s
-    first, second = (fleet.lease("s0", 0.0, lite.Prompt(1000)) for _ in range(2))
+    first, second = (lite.Lease(fleet, "s0", 0.0, lite.Prompt(1000)) for _ in range(2))
     second.answered((11 + 1.53) * step_s, True)  # both in that time
     assert fleet.view("s0").pace.prompt_steps == pytest.approx(lite.PROMPT_STEPS)
     first.answered(9.0, False)
@@ -5251,7 +5251,7 @@ def test_an_answer_teaches_its_length_and_its_server_s_step():
     pace, answers = fleet.view("s0").pace, fleet.answers
     pace.step_s = 0.01
     assert answers.get("m") == lite.ANSWER_TOKENS == 200
-    lease = fleet.lease("s0", 0.0, lite.Prompt(100))
+    lease = lite.Lease(fleet, "s0", 0.0, lite.Prompt(100))
     lease.answered(1.0, True)
     lease.complete(1.0 + 1.01 * 0.02 * 100, 101, "m", events=50)
     lease.end(4.0)
@@ -5266,7 +5266,7 @@ def test_an_answer_teaches_its_length_and_its_server_s_step():
 def test_streams_are_looked_at_against_what_was_sent_and_read_meanwhile():
     fleet = fleet_of(16)
     counts, pace = fleet.view("s0").counts, fleet.view("s0").pace
-    pace.step_s, sent = 0.01, [fleet.lease("s0", 0.0, lite.Prompt(1000)) for _ in range(4)]
+    pace.step_s, sent = 0.01, [lite.Lease(fleet, "s0", 0.0, lite.Prompt(1000)) for _ in range(4)]
     for at, events in ((1.0, 0), (1.5, 20), (2.0, 20)):
         fleet.streamed("s0", 4, events, at)
     assert pace.samples == 0  # 4,000 tokens may have been read for all that time
@@ -5374,7 +5374,7 @@ def test_a_server_of_which_nothing_was_seen_is_taken_for_one_like_the_others():
         [lite.STEP_S / 2, lite.STEP_S * 16], rel=1e-3)  # another unit, not so slow a server
     for _ in range(30):
         fleet.view("s1").pace.worked(1.0, 25, 0, 0, 0.5, 1.0)
-    lease = fleet.lease("s1", 2.0, lite.Prompt(10))
+    lease = lite.Lease(fleet, "s1", 2.0, lite.Prompt(10))
     lease.answered(2.0, True)
     fleet.view("s1").pace.samples = 1
     lease.complete(2.0, 1, "m")
@@ -5570,7 +5570,7 @@ def asked_again(fleet, found, reports=40, tokens=6400):
     prompt, hits = (prompt_of_links(range(1, tokens // 64 + 1)),
                     fleet.view("s0").load.prefix_hits or 0)
     for n in range(reports):
-        lease = fleet.lease("s0", 10.0 + n, prompt)
+        lease = lite.Lease(fleet, "s0", 10.0 + n, prompt)
         for _ in range(2):  # what is said twice is expected once
             lease.answered(10.0 + n, False)
         with leased(lease):
@@ -5593,7 +5593,7 @@ def test_what_a_server_should_have_cached_is_believed_as_far_as_it_says_so(found
     assert low <= asked_again(fleet, found) <= high
     prompt = prompt_of_links(range(1, 101))
     assert fleet.cached(prompt) == [int(6400 * fleet.view("s0").learned.hit_ratio)]
-    assert fleet.lease("s0", 99.0, prompt).pending == 6400 - fleet.cached(prompt)[0]
+    assert lite.Lease(fleet, "s0", 99.0, prompt).pending == 6400 - fleet.cached(prompt)[0]
 
 
 def test_trust_comes_back_with_the_hits():
@@ -5605,7 +5605,7 @@ def test_trust_comes_back_with_the_hits():
 def test_silence_about_hits_is_no_doubt():
     fleet = fleet_of(16)
     for n in range(40):
-        fleet.lease("s0", 0.0, prompt_of_links(range(1, 101))).answered(0.0, False)
+        lite.Lease(fleet, "s0", 0.0, prompt_of_links(range(1, 101))).answered(0.0, False)
         reported(fleet, "s0", float(n), tokens=n)
     assert fleet.view("s0").learned.hit_ratio == 1.0
     reported(fleet, "s0", 50.0, prefix_hits=5, tokens=60)
@@ -5624,7 +5624,7 @@ def test_what_was_expected_before_hits_were_told_is_no_doubt():
         fleet = fleet_of(16)
         reported(fleet, "s0", 0.0, prefix_hits=before, tokens=900)
         for _ in range(40):
-            fleet.lease("s0", 1.0, prompt_of_links(range(1, 101))).answered(1.0, False)
+            lite.Lease(fleet, "s0", 1.0, prompt_of_links(range(1, 101))).answered(1.0, False)
         # restarted, or upgraded
         reported(fleet, "s0", 2.0, prefix_hits=after, tokens=60 if before else 901)
         reported(fleet, "s0", 3.0, prefix_hits=after, tokens=1000)
@@ -5633,7 +5633,7 @@ def test_what_was_expected_before_hits_were_told_is_no_doubt():
 
 def test_a_server_without_prefix_cache_is_expected_to_have_nothing():
     fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
-    fleet.lease("s0", 0.0, prompt)
+    lite.Lease(fleet, "s0", 0.0, prompt)
     fleet.scraped("s0", engine_load(cache_config(enable_prefix_caching="False")), 0, 1.0)
     assert fleet.view("s0").learned.hit_ratio == 0.0 and fleet.cached(prompt) == [0]
 
@@ -5657,7 +5657,7 @@ def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after
     fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 101))
     reported(fleet, "s0", 0.0, **before)
     for url in ("s0", "s1"):
-        fleet.lease(url, 0.0, prompt)
+        lite.Lease(fleet, url, 0.0, prompt)
     reported(fleet, "s0", 1.0, **after)
     assert fleet.cached(prompt) == [6400 if kept else 0, 6400]
 
@@ -5670,13 +5670,13 @@ def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after
 def test_a_server_is_expected_to_have_cached_no_more_than_fits(config, tokens):
     fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
     fleet.scraped("s0", engine_load(cache_config(**config)), 0, 0.0)
-    fleet.lease("s0", 0.0, prompt)
+    lite.Lease(fleet, "s0", 0.0, prompt)
     assert fleet.cached(prompt) == [tokens]
 
 
 def test_caches_are_each_server_s_own_and_survive_a_reload():
     fleet, prompt = fleet_of(16, 16, 16), prompt_of_links(range(1, 101))
-    fleet.lease("s1", 0.0, prompt)
+    lite.Lease(fleet, "s1", 0.0, prompt)
     assert fleet.cached(prompt) == [0, 6400, 0] and fleet.cached(lite.NO_PROMPT) == [0, 0, 0]
     fleet.apply([lite.ServerSettings(url, 8) for url in ("s3", "s1", "s0")], 1.0)
     assert ([view.id for view in fleet.views()] == ["s3", "s1", "s0"]
@@ -5789,7 +5789,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
     assert change.server == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
     fleet.models_listed("a", {"m": {}}, 0.0)
     prompt = prompt_of_links(range(1, 11))
-    with leased(fleet.lease("a@1", 0.0, prompt)):
+    with leased(lite.Lease(fleet, "a@1", 0.0, prompt)):
         assert ([v.counts.in_flight for v in fleet.views()] == [0, 1, 0]
                 and fleet.cached(prompt) == [0, 640, 0])
     assert [v.models for v in fleet.views()] == [{"m": {}}, {"m": {}}, None]
@@ -5797,7 +5797,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
 
 def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_drains():
     fleet = fleet_of(8)
-    with leased(fleet.lease("s0", 0.0)):
+    with leased(lite.Lease(fleet, "s0", 0.0)):
         fleet.apply([lite.ServerSettings("s0", 8, data_parallel_size=2)], 1.0)
         for _ in range(3):
             fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 2.0, Settings())
@@ -5987,7 +5987,7 @@ def test_circuits(opened, now, best, reason):
 def test_full_servers_are_no_reason_to_ask_one_whose_circuit_is_open():
     fleet = fleet_of(1, 9)
     fleet.judge("s1", lite.Health.opened, "x", 0.0, Settings())
-    fleet.lease("s0", 0.0)
+    lite.Lease(fleet, "s0", 0.0)
     ranking = ranking_of(fleet, enforced=True)
     assert ranking.best is None and ranking.waits
     assert ranking_of(fleet, tried=["s0"]).best is None  # nor is having asked the others
@@ -6003,8 +6003,8 @@ def test_checks_alone_do_not_thaw_a_server():
 def test_one_trial_at_a_time():
     fleet = fleet_of(20, 1)
     fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    with leased(fleet.lease("s0", 10.0)):  # begun while it was open: none
-        with leased(fleet.lease("s0", 31.0)):
+    with leased(lite.Lease(fleet, "s0", 10.0)):  # begun while it was open: none
+        with leased(lite.Lease(fleet, "s0", 31.0)):
             assert ranking_of(fleet, now=31.0).best == "s1"
         assert ranking_of(fleet, now=31.0).best == "s0"
 
@@ -6070,7 +6070,7 @@ def test_a_burst_between_two_reports_spreads():
     for _ in range(20):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best, 0.0)
+        lite.Lease(fleet, best, 0.0)
     assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
 
 
@@ -6079,7 +6079,7 @@ def test_capacity_decides_how_a_burst_is_shared():
     for _ in range(28):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best, 0.0)
+        lite.Lease(fleet, best, 0.0)
     assert taken == {"s0": 16, "s1": 8, "s2": 4}
 
 
@@ -6273,7 +6273,7 @@ def test_a_cost_does_not_depend_on_what_was_kept_of_the_last_one():
         costs = [lite.rank(fleet, wanted, by, lite.Moment(now, 0.5), random.Random(n)).costs
                  for by in (kept, lite.POLICIES["unified"](Settings()))]
         assert costs[0] == costs[1]
-        leases.append(fleet.lease(draw.choice(("s0", "s1", "s2")), now, prompt))
+        leases.append(lite.Lease(fleet, draw.choice(("s0", "s1", "s2")), now, prompt))
         for lease in draw.sample(leases, len(leases) // 4):
             lease.answered(now, False)
         if n % 3 == 0:
@@ -6307,7 +6307,7 @@ def test_an_idle_server_that_was_not_seen_for_long_is_tried_with_a_short_prompt(
     fleet = fleet_of(16, 16)
     fleet.view("s0").pace.retest_at = math.inf
     assert ranking_of(fleet, "unified", now=6.0).best == "s1"
-    fleet.lease("s1", 6.0).end(6.1)
+    lite.Lease(fleet, "s1", 6.0).end(6.1)
     assert fleet.view("s1").pace.retest_at == 6.0 + 120
 
 
@@ -6334,7 +6334,7 @@ def test_each_role_has_its_own_terms():
     assert "uncached 5000 " in read.why() and "(1 tokens at" in read.why()
     assert "uncached 16 " in answer.why() and "(200 tokens at" in answer.why()
     counts = fleet.view("s3").counts
-    with leased(fleet.lease("s3", NOW, call.prompt, reads=False)):
+    with leased(lite.Lease(fleet, "s3", NOW, call.prompt, reads=False)):
         assert (counts.in_flight, counts.pending, counts.rate, counts.held) == (21, 0, 0, 5000)
     assert (counts.in_flight, counts.held) == (20, 0)
 
@@ -6438,7 +6438,7 @@ def burst(fleet, count, policy="unified", tokens=0, now=0.0):
         ask = lite.Call("m", prompt=lite.Prompt(tokens), session=f"{draw.random()}")
         best = ranking_of(fleet, by, call=ask, now=now, draw=draw).best
         by.chosen(fleet.view(best))
-        fleet.lease(best, now, ask.prompt)
+        lite.Lease(fleet, best, now, ask.prompt)
         taken[best] += 1
     return taken
 
@@ -6485,7 +6485,7 @@ def test_a_server_that_has_come_back_gets_little_of_a_burst():
     fleet.judge("s1", lite.Health.become, State.HEALTHY, "x", 100.0)
     for _ in range(11):
         best = ranking_of(fleet, "unified", "m", now=100.0, slow_start=10.0, draw=draw).best
-        fleet.lease(best, 100.0)
+        lite.Lease(fleet, best, 100.0)
         taken[best] += 1
     assert taken == {"s0": 10, "s1": 1}
 
@@ -6517,7 +6517,7 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
                                  for n in range(4)], now, drained={url}),
         lambda url: fleet.apply(
             [lite.ServerSettings(f"s{n}", 16) for n in range(draw.choice((3, 4, 4)))], now),
-        *[lambda url: leases.append(fleet.lease(url, now))] * 2,
+        *[lambda url: leases.append(lite.Lease(fleet, url, now))] * 2,
         *[lambda url: leases and leases.pop(draw.randrange(len(leases))).end()] * 4,
     )
     for _ in range(3000):
@@ -6566,7 +6566,7 @@ def test_a_popular_prompt_spreads_before_its_server_is_full_and_no_further_than_
     taken, draw = Counter(), random.Random(2)
     for n in range(240):
         best = ranking_of(fleet, by, call=call, now=n / 100, draw=draw).best
-        fleet.lease(best, n / 100, call.prompt).answered(n / 100, False)
+        lite.Lease(fleet, best, n / 100, call.prompt).answered(n / 100, False)
         taken[best] += 1
         if n in (20, 100):
             assert len(taken) == (1 if n == 20 else 2), taken
@@ -6660,7 +6660,7 @@ def test_weight_is_a_part_of_the_capacity_or_a_share(policy, settings, count, ex
     for _ in range(count):
         best = ranking_of(fleet, by, draw=draw).best
         by.chosen(fleet.view(best))
-        fleet.lease(best, 0.0)
+        lite.Lease(fleet, best, 0.0)
         taken[best] += 1
     assert taken["s0"] == pytest.approx(expected, abs=1 if by.weighs else 8)
 
@@ -6757,7 +6757,7 @@ def test_one_hot_session_spills_over(servers):
     for n in range(8 * servers):
         best = ranking_of(fleet, "consistent_hash", call=lite.Call("m", session="user: hot")).best
         taken[best] += 1
-        fleet.lease(best, 0.0)
+        lite.Lease(fleet, best, 0.0)
         assert taken[best] <= max(2, math.ceil(1.25 * (n + 1) / servers))
     assert len(taken) >= servers / lite.LOAD_FACTOR
 
@@ -7019,7 +7019,7 @@ def test_a_pool_that_cannot_be_asked_is_not_drawn(how):
     if how == "down":
         fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 1.0)
     if how == "full":
-        fleet.lease("s0", 0.0)
+        lite.Lease(fleet, "s0", 0.0)
         more = {"enforced": True}
     if how == "another model":
         fleet.models_listed("s0", {"x": {}}, 1.0)
@@ -7185,7 +7185,7 @@ def test_a_view_changes_only_on_news_and_counts_of_requests_are_none():
     fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 4))
     first = ranking_of(fleet, model="m")
     views = fleet.views()
-    with leased(fleet.lease("s0", 0.0, prompt)):
+    with leased(lite.Lease(fleet, "s0", 0.0, prompt)):
         assert all(one is other for one, other in zip(fleet.views(), views))
         assert (fleet.view("s0").counts.in_flight, fleet.view("s0").counts.pending) == (1, 192)
         second = ranking_of(fleet, model="m")
@@ -7501,7 +7501,7 @@ ROOM_BEHIND = table(
 def test_a_first_try_elsewhere_is_free_where_there_is_room(capacity, in_flight, before, free):
     fleet = fleet_of(1000, capacity)
     for _ in range(in_flight):
-        fleet.lease("s1", 0.0)
+        lite.Lease(fleet, "s1", 0.0)
     if before is not None:
         before(fleet)
     then = ["pause", "ask s1"] if free else ["answer server_error as held"]
@@ -7538,7 +7538,7 @@ def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
     assert play(fleet_of(1, healthy=False), [], search=True) == ["awaithealth", "answer no_server"]
     for outcomes, end in ((["s0", "ok"], "ask s0"), (["full"], "answer queue_full")):
         fleet = fleet_of(1)
-        fleet.lease("s0", 0.0)
+        lite.Lease(fleet, "s0", 0.0)
         assert play(fleet, outcomes, enforced=True, search=True) == ["queue", end]
 
 
@@ -7676,7 +7676,7 @@ def test_whether_a_model_is_unknown_or_only_out_of_reach(others, fault):
 def test_plans_with_a_queue(outcomes, enforced, steps):
     fleet = fleet_of(2, 1)
     for url in ("s0", "s0", "s1"):
-        fleet.lease(url, 0.0)
+        lite.Lease(fleet, url, 0.0)
     assert play(fleet, outcomes, enforced=enforced) == steps
 
 
@@ -8266,7 +8266,7 @@ def test_health_in_one_word(healthy, total, status):
 
 def test_load_counts_our_requests_and_those_of_others_once():
     fleet = with_load(fleet_of(10, 5), (6, 2), (0, 0), at=100.0)
-    with leased(fleet.lease("s1", 0.0)):
+    with leased(lite.Lease(fleet, "s1", 0.0)):
         report = lite.load_report(fleet.views(), Settings(), CLOCK)
     first, second = report["servers"]
     detailed = {"num_requests_running": 6, "num_requests_waiting": 2, "gpu_cache_usage_perc": 0.0,
@@ -21585,7 +21585,7 @@ async def test_servers_are_listed_with_what_is_by_hand_and_a_drain_can_wait():
     async with Server() as one, balancing(one, "http://127.0.0.1:1") as running:
         client = await running.client()
         where = f"/admin/servers/drain?url={one.url}"
-        lease = running.core.fleet.lease(one.url, asyncio.get_running_loop().time())
+        lease = lite.Lease(running.core.fleet, one.url, asyncio.get_running_loop().time())
         waited = await client.post(f"{where}&wait=0.01", b"", AS_JSON)
         assert (waited.status, waited.json["in_flight"]) == (200, 1)
         lease.end()
