@@ -6642,10 +6642,13 @@ class Roster:
 # where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
 # that are read in one step are answered together, so those ahead wait for this one as far as it
 # fits into their step.  √slowdown stands for half of what one more request does to the answers
-# beside it.  An answer is late if it takes more than `slo_token` seconds a token, s × slowdown.  In
-# a fleet with more work than it can do in time, all servers would be a little too slow without the
-# last term; with it, only as many as must be.  All of these numbers have been varied on a simulated
-# fleet, with workloads of all kinds: half and twice change little.
+# beside it.  An answer is late if it takes more than `slo_token` seconds a token: s × slowdown, and
+# its waits, or the others' for uncached tokens × r / (1 − W), divided by tokens, or 25 if more.
+# In a fleet with more work than it can do in time, all servers would be a little too slow without
+# the last term; with it, only as many as must be.  Reading also keeps late servers late for longer,
+# and displaces what must be read again.  That counts, too, or servers that send each other the
+# prompts they have cached, because all are late, would be so for ever.  All of these numbers have
+# been varied on a simulated fleet, with workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
 READING_SHARE = 0.8  # the largest W
@@ -6657,7 +6660,8 @@ OTHERS_TOKENS = 25.0  # tokens of each running answer that reading delays
 OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
 STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
-LATE_FROM, LATE_TO = 0.95, 1.0  # of slo_token as predicted: no answer is late here, all are there
+LATE_FROM, LATE_TO = 0.95, 1.02  # of slo_token as predicted: none is late here, all are there
+LATE_LONGER = 3.0  # late answers for each that is late, per slo_token by which reading delays it
 KV_GROWTH = 128  # tokens of KV cache that each request will need on average
 
 
@@ -6711,16 +6715,20 @@ def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, olde
     return seconds
 
 
-def lateness_s(token_s: float, slo_s: float, running: float, crowd: float) -> float:
+def lateness_s(
+    token_s: float, wait_s: float, beside_s: float, slo_s: float, running: float, crowd: float
+) -> float:
     """The cost of answers that are late because of one more request, with which a token of each
-    takes `token_s`.  A token's time is proportional to `crowd` plus the requests."""
-
-    def late(seconds: float) -> float:
-        share = (seconds / slo_s - LATE_FROM) / (LATE_TO - LATE_FROM)
-        return min(1.0, max(0.0, share))
-
-    before_s = token_s * (1 - 1 / (crowd + running + 1))
-    return LATE_S * ((running + 1) * late(token_s) - running * late(before_s))
+    takes `token_s`; its own `wait_s` more and, while it is read, the others' `beside_s`.  A token's
+    time is proportional to `crowd` plus the requests."""
+    first_s, range_s = LATE_FROM * slo_s, (LATE_TO - LATE_FROM) * slo_s
+    before = (token_s * (1 - 1 / (crowd + running + 1)) - first_s) / range_s
+    if before >= 1:  # all are late, with and without it
+        return LATE_S * (1 + running * LATE_LONGER * beside_s / slo_s)
+    own = min(1.0, max(0.0, (token_s + wait_s - first_s) / range_s))
+    others = min(1.0, max(0.0, (token_s + beside_s - first_s) / range_s)) - max(0.0, before)
+    longer = max(0.0, token_s + beside_s - max(token_s, slo_s)) / slo_s
+    return LATE_S * (own + running * (others + LATE_LONGER * longer))
 
 
 class Condition(NamedTuple):
@@ -6740,6 +6748,8 @@ class Condition(NamedTuple):
     step_s: float = 0.0
     slowdown: float = 0.0
     crowd: float = 0.0  # requests that double a step's time
+    stretch: float = 1.0  # 1 / (1 − W)
+    spare_s: float = 0.0  # of reading per token of an answer, until answers are late
 
 
 NO_CONDITION = tuple(Condition())  # tuples that have no names are unpacked much faster
@@ -6747,9 +6757,10 @@ CONDITIONS_KEPT_S = 0.02  # the speed of a server hardly changes in that time
 
 
 def condition_of(
-    view: ServerView, ours: int, share: float, now: float, interval_s: float
+    view: ServerView, ours: int, share: float, moment: Moment, in_time_s: float
 ) -> tuple[Any, ...]:
     """The fields of a server's Condition, with a share of its capacity to use."""
+    now, interval_s = moment.now, moment.interval_s
     counts, report, pace, running = view.counts, view.report, view.pace, float(ours)
     step_s = pace.step_s
     token_s, rate = step_s * pace.prompt_steps, 0.0
@@ -6758,16 +6769,18 @@ def condition_of(
         running += foreign
         rate = FOREIGN_WEIGHT * foreign_read_per_s(view) * foreign / report.foreign
     crowd = DOUBLED_BY * view.settings.weight * share
-    slowdown = 1 + (running + 1) / crowd
+    slowdown, stretch = 1 + (running + 1) / crowd, 1.0
     if counts.rate and (fades := 1 - (now - counts.at) / READ_MEMORY_S) > 0:
         rate += counts.rate * fades
     if rate:
-        slowdown /= 1 - min(READING_SHARE, token_s * rate)
+        stretch = 1 / (1 - min(READING_SHARE, token_s * rate))
+        slowdown *= stretch
     paced_s, room = step_s * slowdown, report.kv_room - counts.held - KV_GROWTH * (running + 1)
     slowdown *= math.sqrt(slowdown)
     return (view, ours, counts, counts.rate, token_s, paced_s, step_s * slowdown, running,
             OTHERS_SOON + 2 * running, room if running < report.most_running else -1.0,
-            INFINITY if ours else pace.retest_at, step_s, slowdown, crowd)
+            INFINITY if ours else pace.retest_at, step_s, slowdown, crowd, stretch,
+            (in_time_s - paced_s) / stretch)
 
 
 class Conditions:
@@ -6792,10 +6805,11 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     now, interval_s = eligible.moment.now, eligible.moment.interval_s
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
     mean, in_time_s = sum(eligible.in_flight) / len(eligible.views), LATE_FROM * slo_s or INFINITY
-    late = OTHERS_TOKENS / length if length > OTHERS_TOKENS else 1.0
+    spread = length if length > OTHERS_TOKENS else OTHERS_TOKENS
+    late = OTHERS_TOKENS / spread
+    step_tokens, may_be_late = STEP_TOKENS, slo_s > 0
     if length <= 1:  # prefill: the requests there come first, and no answers run
-        mean, late, in_time_s = 0.0, 0.0, INFINITY
-    step_tokens = STEP_TOKENS if length > 1 else 0
+        mean, late, step_tokens, may_be_late = 0.0, 0.0, 0, False
     tried_at = now if tokens <= RETEST_TOKENS else -INFINITY
     kept, shares = conditions.of(eligible), eligible.slow_start
     out = []
@@ -6803,23 +6817,24 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
             range(len(kept)), eligible.views, eligible.in_flight, eligible.pending,
             eligible.cached, kept):
         (seen, known, counts, rate, token_s, paced_s, answer_token_s, running, soon, room,
-         retest_at, _, _, crowd) = condition
+         retest_at, _, _, crowd, stretch, spare_s) = condition
         if view is not seen or ours != known or counts.rate != rate:
-            kept[n] = condition = condition_of(view, ours, shares[n] if shares else 1.0, now,
-                                             interval_s)
+            kept[n] = condition = condition_of(
+                view, ours, shares[n] if shares else 1.0, eligible.moment, in_time_s)
             (_, _, counts, _, token_s, paced_s, answer_token_s, running, soon, room,
-             retest_at, _, _, crowd) = condition
+             retest_at, _, _, crowd, stretch, spare_s) = condition
         new, wait_s, late_s = tokens - cached, 0.0, 0.0
         if new < LEAST_NEW_TOKENS:
             new = LEAST_NEW_TOKENS
         if tokens > room:
             oldest = oldest_report(now, interval_s)
             wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
-        if paced_s > in_time_s:
-            late_s = lateness_s(paced_s, slo_s, running, crowd)
+        reading_s = new * token_s
+        if (reading_s > spare_s * spread or wait_s) and may_be_late:
+            late_s = lateness_s(paced_s, wait_s / spread, reading_s * stretch / spread, slo_s,
+                                running, crowd)
         if soon > mean:
             soon = mean
-        reading_s = new * token_s
         first_s = reading_s + FIRST_STEPS * paced_s + wait_s
         answer_s = length * answer_token_s
         others_s = (OTHERS_MEAN * soon + late * running) * reading_s

@@ -6138,20 +6138,26 @@ def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried
     return lite.rank(fleet, wanted, by, moment, draw or random.Random(1))
 
 
-def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0):
-    """(first token, answer, others, late) of a server without queue, in seconds, as room estimates
-    has it; answers have 200 tokens, and are late at 0.05 s for each."""
+def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0):
+    """(first token, answer, others, late) of a server, in seconds, as room estimates has it;
+    answers have 200 tokens, and are late at 0.05 s for each.  It `waits` so many answers."""
     s, n, new = view.pace.step_s, view.counts.in_flight + foreign, max(16, tokens - cached)
     alone = 1 + (n + 1) / 100 / view.settings.weight / share
     fades = max(0.0, 1 - (NOW - view.counts.at) / 5)
-    slowdown = alone / (1 - min(0.8, s * view.pace.prompt_steps * view.counts.rate * fades))
-    r, before = s * view.pace.prompt_steps, slowdown * (1 - 1 / (alone * 100 * view.settings.weight
-                                                                * share))
-    late = [min(1, max(0, 20 * s * times / 0.05 - 19)) for times in (slowdown, before)]
+    r = s * view.pace.prompt_steps
+    stretch = 1 / (1 - min(0.8, r * view.counts.rate * fades))
+    slowdown = alone * stretch
+    before = slowdown * (1 - 1 / (alone * 100 * view.settings.weight * share))
+    beside = slowdown + new * r * stretch / 200 / s
+    own, more, less = (min(1, max(0, (s * times / 0.05 - 0.95) / 0.07))
+                       for times in (slowdown * (1 + waits), beside, before))
+    longer = max(0, beside - max(slowdown, 0.05 / s)) * s / 0.05
+    wait_s = waits * 200 * s * slowdown
     together = max(0, min(new, 4096 - view.counts.pending)) * view.counts.unread
-    return ((view.counts.pending + new) * r + 1.5 * s * slowdown, 200 * s * slowdown**1.5,
+    return ((view.counts.pending + new) * r + 1.5 * s * slowdown + wait_s,
+            200 * s * slowdown**1.5,
             new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8) + 2 * together * r,
-            15 * ((n + 1) * late[0] - n * late[1]))
+            15 * (own + n * (more - less + 3 * longer)))
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
@@ -6189,6 +6195,15 @@ UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and sh
     ("with one more some are late", [{"step_s": 0.04, "in_flight": 19}], 0, [0], {}),
     ("some are, and more will be", [{"step_s": 0.04, "in_flight": 24}], 0, [0], {}),
     ("all are late, and this one will be", [{"step_s": 0.06, "in_flight": 30}], 0, [0], {}),
+    ("a prompt keeps late answers late for longer", [{"step_s": 0.06, "in_flight": 30}], 9000, [0],
+     {}),
+    ("it makes answers late", [{"step_s": 0.04, "in_flight": 17}], 500, [0], {}),
+    ("by more than the limit", [{"step_s": 0.04, "in_flight": 19}], 9000, [0], {}),
+    ("they would still be in time", [{"step_s": 0.03, "in_flight": 19}], 500, [0], {}),
+    ("the more it reads already, the later", [
+        {"step_s": 0.03, "in_flight": 5, "rate": 1500.0, "at": NOW}], 4000, [0], {}),
+    ("the reading of what is cached makes none late", [{"step_s": 0.04, "in_flight": 17}], 500,
+     [500], {}),
 )
 
 
@@ -6226,6 +6241,8 @@ WAITS = table(  # what a server says, and how long a request of 1000 tokens wait
     ("its report is old", {"load": (8, 0, 0.9), "in_flight": 8, "load_at": NOW - 9}, 0.0),
     ("all seats are taken", {"load": (8, 2, 0.5), "in_flight": 10, "seats": 8.0}, 3 / 8),
     ("one is free", {"load": (7, 0, 0.5), "in_flight": 7, "seats": 8.0}, 0.0),
+    ("its answer is late by the wait alone", {"load": (8, 22, 0.5), "in_flight": 30, "seats": 8.0},
+     23 / 8),
 )
 
 
@@ -6238,9 +6255,8 @@ def test_a_request_waits_where_there_is_no_room_for_it(known, answers):
         kv_room=10_000 * (1 - view.load.kv_usage_ratio)))
     known["seats"] = seats
     ranking = judged([view], tokens=1000)
-    first, answer, others, _ = costs_by_hand(view, 1000, 0, view.counts.in_flight)
-    pace_s = 200 * 0.015 * (1 + (view.counts.in_flight + 1) / 100)
-    assert ranking.costs[0] == pytest.approx(4 * (first + answers * pace_s) + answer + others)
+    first, answer, others, late = costs_by_hand(view, 1000, 0, view.counts.in_flight, waits=answers)
+    assert ranking.costs[0] == pytest.approx(4 * first + answer + others + late)
     assert ("waits" in ranking.why()) is bool(answers)
 
 
@@ -6260,6 +6276,27 @@ def test_where_not_all_answers_can_be_in_time_as_few_servers_as_possible_are_lat
         lite.Call("m", prompt=lite.Prompt(0)), role=role)
     moment = lite.Moment(NOW, 0.5)
     assert lite.rank(Fleet(views), wanted, by, moment, random.Random(1)).best == best
+
+
+@pytest.mark.parametrize("tokens, cached, best", table(
+    ("a short prompt goes where all are late anyhow", 100, 0, "s1"),
+    ("so does a long one", 6000, 0, "s1"),
+    ("but not away from where it is cached, to be read again there", 6000, 5900, "s0"),
+))
+def test_servers_that_are_almost_late_keep_the_prompts_they_have_cached(tokens, cached, best):
+    """One makes a token in 49 ms with the request; the other in 56, so that all there are late."""
+    views = [server(0, in_flight=40, step_s=0.0348), server(1, in_flight=60, step_s=0.0348)]
+    assert judged(views, cached=[cached, 0], tokens=tokens).best == best
+
+
+def test_reading_makes_answers_of_a_few_tokens_no_later_than_those_of_25():
+    late = []
+    for length in (3, 25, 50):
+        fleet = Fleet([server(0, in_flight=19, step_s=0.04)])
+        for _ in range(2000):
+            fleet.answers.ended("m", length)
+        late.append(judged(fleet, tokens=300).eligible.estimates[0][4])
+    assert late[0] == pytest.approx(late[1]) and late[1] > late[2] > 0
 
 
 def test_a_cost_does_not_depend_on_what_was_kept_of_the_last_one():
