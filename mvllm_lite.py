@@ -15165,7 +15165,7 @@ class Balancer:
         self.follower = Follower(
             self.core, path, overrides or {}, self.adopt, self.adopt_secrets)
         self.port = self.operator_port = 0  # the ports it listens on
-        self.tcps: Sockets = {}
+        self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self.handover = Handover(self.core)
@@ -15176,7 +15176,7 @@ class Balancer:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         if it cannot listen on its address."""
         core, secrets = self.core, Secrets(self.core.settings)
-        self.tcps = self.listen()
+        self._sockets = self.listen()
         # Names are looked up in threads; a few lookups that hang must not delay all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
@@ -15188,7 +15188,7 @@ class Balancer:
             log.removeHandler(keeper)
 
     async def serve(self, ready: Callable[[], object], secrets: Secrets) -> None:
-        core, sockets, process = self.core, self.tcps, self.core.process
+        core, sockets, process = self.core, self._sockets, self.core.process
         async with asyncio.TaskGroup() as self._tasks:
             self._watchers = Watchers(core, self._tasks)
             self._services = Services(core, self._tasks)
@@ -15291,7 +15291,7 @@ class Balancer:
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
-        if await self.handover.run(command, self.tcps, self._front):
+        if await self.handover.run(command, self._sockets, self._front):
             self._stop.set()
 
     async def pulse(self) -> None:
