@@ -1109,7 +1109,7 @@ MAX_FORWARDS_LINE = re.compile(r"(?im)^max-forwards:.*\r\n")
 Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
 
-def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
+def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str]) -> str:
     """Field lines to pass on: the end-to-end ones, in order, without those that are `dropped` or
     that Connection names; then the `added` ones, in place of others of the same name."""
     drop = HOP_BY_HOP.union(
@@ -1309,13 +1309,12 @@ class Sample(NamedTuple):
 
 
 def parse_samples(
-    page: str, names: Iterable[str] | None = None, limit: int = SAMPLES_LIMIT
+    page: str, names: Iterable[str], limit: int = SAMPLES_LIMIT
 ) -> Iterator[Sample]:
-    """The samples of the named metrics, or of all, among the first `limit` lines.  Comments and
-    malformed lines are skipped: one bad line must not hide a server's load."""
-    # Among named ones, the search skips the other 900 lines of a vLLM page at next to no cost.
-    lines = page.split("\n") if names is None else search_for(tuple(names)).findall(f"\n{page}")
-    for line in itertools.islice(lines, limit):
+    """The samples of the named metrics in up to `limit` lines.  Malformed lines are skipped: one
+    bad line must not hide a server's load."""
+    # The search skips the other 900 lines of a vLLM page at next to no cost.
+    for line in search_for(tuple(names)).findall(f"\n{page}")[:limit]:
         if len(line) > SAMPLE_LIMIT or (match := SAMPLE_LINE.fullmatch(line)) is None:
             continue
         try:
@@ -5427,10 +5426,10 @@ class Counts:
     __slots__ = ("in_flight", "on_trial", "pending", "unread", "request_s", "at", "read", "rate",
                  "held", "quiet", "looked", "reported")
 
-    def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
-        self.in_flight = in_flight
-        self.on_trial = on_trial  # those begun while the circuit was half-open
-        self.pending = pending  # tokens of prompts that it has yet to read,
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.on_trial = 0  # those begun while the circuit was half-open
+        self.pending = 0  # tokens of prompts that it has yet to read,
         self.unread = 0  # of so many requests,
         self.read = self.reported = 0  # and that it has read, until now and its last report
         self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, up to a time
