@@ -10701,6 +10701,7 @@ class HttpClient(Upstream):
     method = ""  # of its requests; '': GET, or POST with content
     _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
+    _closed = 0  # how many times
 
     async def fetch(
         self, path: str, timeout_s: float, content: bytes | None = None
@@ -10753,6 +10754,7 @@ class HttpClient(Upstream):
         """As `ask`, on one connection.  Raises Stale if it ends before an answer, or a `reused` one
         brought something that was not asked for."""
         (server, writer), left_bytes, reusable = stream, self.limit_bytes, False
+        closed = self._closed
         try:
             try:
                 if reused and (writer.is_closing() or not (
@@ -10770,7 +10772,7 @@ class HttpClient(Upstream):
                     raise BadMessage(text, Fault.BAD_ANSWER)
                 take(piece)
             reusable = head.persists and not (
-                server.buffer or decoder.until_close or self._idle
+                server.buffer or decoder.until_close or self._idle or closed < self._closed
                 or self.leads_elsewhere(writer.transport))
             return head.status
         finally:
@@ -10790,6 +10792,7 @@ class HttpClient(Upstream):
         return stream
 
     def close(self) -> None:
+        self._closed += 1
         if (stream := self._take_idle()) is not None:
             stream[1].transport.abort()
 

@@ -8623,6 +8623,13 @@ async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next(turns):
 
 
 @asynchronous
+async def test_a_connection_whose_client_was_closed_meanwhile_is_not_kept():
+    async with asking([SMALL] * 2, [SMALL]) as (client, came):
+        assert await client.ask("/health", 5.0, None, lambda piece: client.close()) == 200
+        assert await client.fetch("/health", 5.0) == (200, b"ok") and len(came) == 2
+
+
+@asynchronous
 async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept():
     async with asking([SMALL] * 3, [SMALL] * 3) as (client, came):
         both = [client.fetch("/health", 5.0), client.fetch("/metrics", 5.0)]
