@@ -24355,6 +24355,15 @@ KUBERNETES = """\
 # kubelet has swapped the link.  With one replica the disruption budget holds up a node's drain
 # until somebody allows it; with two, each balancer counts its own requests and learns of the
 # other's from the servers' reports.
+#
+# In place of an image of its own, any that has Python 3.11 or newer does, with the program from a
+# second ConfigMap, which it fits compressed, at /program, and an emptyDir at /tmp:
+#     gzip -9k mvllm_lite.py
+#     kubectl create configmap mvllm-lite-program --from-file=mvllm_lite.py.gz
+# and in the Deployment:
+#     command: [sh, -c]
+#     args: ["gunzip -c /program/mvllm_lite.py.gz >/tmp/mvllm_lite.py &&
+#       exec python -I -S /tmp/mvllm_lite.py /config/servers.toml"]
 apiVersion: v1
 kind: ConfigMap
 metadata: { name: mvllm-lite }

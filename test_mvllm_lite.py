@@ -200,6 +200,15 @@ def test_the_file_fits_a_config_map():
     assert len(gzip.compress(SOURCE.encode())) < 500_000  # which holds 1 MiB, in base64
 
 
+def test_the_program_runs_from_a_config_map_as_help_says(tmp_path):
+    said = re.search(r'args: \["(.*?)"\]', lite.KUBERNETES.replace("\n#", ""), re.DOTALL)[1]
+    (tmp_path / "mvllm_lite.py.gz").write_bytes(gzip.compress(SOURCE.encode()))
+    line = re.sub("/program/|/tmp/", f"{tmp_path}/", said).replace("python", sys.executable, 1)
+    run = subprocess.run(["sh", "-c", line.replace("/config/servers.toml", "version")],
+                         capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == (f"mvllm_lite {lite.__version__}\n", "")
+
+
 def names_used(scope):
     """(line, name) of the module's names that each function and class uses."""
     for inner in scope.get_children():
