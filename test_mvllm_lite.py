@@ -13231,7 +13231,7 @@ async def test_checks_that_hang_take_a_server_out_unless_its_tokens_flow(moves):
 @asynchronous
 async def test_the_last_servers_stay_in_use_though_their_checks_hang_or_fail(page):
     servers = [Server(**{"/health": page}) for _ in range(2)]
-    async with balancing(*servers, health_check_timeout=0.05) as running:
+    async with balancing(*servers, health_check_timeout=0.3) as running:
         client = await running.client()
         assert running.states() == ["unhealthy"] * 2
         assert {(await client.post(body=CHAT)).status for _ in range(9)} == {200}
