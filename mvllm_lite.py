@@ -538,6 +538,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!\x22$-\x7e]+) HTTP/(\d)\.(\d)", re.ASC
 STATUS_LINE = re.compile(rf"HTTP/(\d)\.(\d) (\d\d\d)(?: ({TEXT}))?", re.ASCII)
 FIELD_LINE = re.compile(rf"{TOKEN}:{TEXT}")
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
+LIST_MEMBER = re.compile(r"[^, \t](?:[^,]*[^, \t])?")
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
 LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
@@ -569,8 +570,7 @@ class Fields:
 
     def members(self, key: str) -> list[str]:
         """The members of a list-valued field, in lower case."""
-        members = self.values.get(key, "").lower().split(",")
-        return [stripped for member in members if (stripped := member.strip(" \t"))]
+        return LIST_MEMBER.findall(self.values.get(key, "").lower())
 
     def replaced(self, name: str, value: str) -> Fields:
         """A copy with one line in place of all of that name."""
@@ -1112,14 +1112,20 @@ Pairs = Sequence[tuple[str, str]]  # (field name, value)
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str]) -> str:
     """Field lines to pass on: the end-to-end ones, in order, without those that are `dropped` or
     that Connection names; then the `added` ones, in place of others of the same name."""
-    drop = HOP_BY_HOP.union(
-        dropped, fields.members("connection"), [name.lower() for name, _ in added])
-    kept = [(name, value) for key, name, value in fields.lines if key not in drop]
-    return field_lines((*kept, *added))
+    drop, lines = {*HOP_BY_HOP, *dropped, *fields.members("connection")}, ""
+    for name, _ in added:
+        drop.add(name.lower())
+    for key, name, value in fields.lines:
+        if key not in drop:
+            lines += f"{name}: {value}\r\n"
+    return lines + field_lines(added)
 
 
 def field_lines(pairs: Pairs) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in pairs])
+    lines = ""
+    for name, value in pairs:
+        lines += f"{name}: {value}\r\n"
+    return lines
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
@@ -1162,10 +1168,9 @@ def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) ->
     if stream or "text/event-stream" in get("accept").lower():
         added.append(("Accept-Encoding", "identity"))
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
-    key_pairs = [(name, value) for key, name, value in fields.lines
-                 if shows_key and key in KEY_FIELD_NAMES]
+    keys = [line[1:] for line in fields.lines if shows_key and line[0] in KEY_FIELD_NAMES]
     dropped = dropped.union(("x-request-id", "content-encoding"))  # codings have been undone
-    return forward_fields(fields, added, dropped), field_lines(key_pairs)
+    return forward_fields(fields, added, dropped), field_lines(keys)
 
 
 def forward_request(
@@ -1355,11 +1360,7 @@ class Family:
         self.name, self.meaning, self.labels = name, meaning, labels
         self.children: dict[tuple[str, ...], Any] = {}
         self.limit = SERVER_SETS_LIMIT if "server" in labels else LABEL_SETS_LIMIT
-
-    def key(self, values: tuple[str, ...]) -> tuple[str, ...]:
-        if values in self.children or len(self.children) < self.limit:
-            return values
-        return ("other",) * len(self.labels)
+        self.others = ("other",) * len(labels)  # what children beyond the limit are counted as
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         """The (suffix, label values, value) of each line to write."""
@@ -1374,7 +1375,7 @@ class Counter(Family):
         try:
             self.children[values] += amount
         except KeyError:
-            key = self.key(values)
+            key = values if len(self.children) < self.limit else self.others
             self.children[key] = self.children.get(key, 0) + amount
 
     def fold(self, label: str, value: str, into: str) -> None:
@@ -1389,7 +1390,8 @@ class Gauge(Family):
     kind = "gauge"
 
     def set(self, value: float, *values: str) -> None:
-        self.children[self.key(values)] = value
+        known = values in self.children or len(self.children) < self.limit
+        self.children[values if known else self.others] = value
 
 
 class Histogram(Family):
@@ -1405,7 +1407,8 @@ class Histogram(Family):
         """The counts with these label values, made if needed, for a caller that counts by itself:
         one for each bucket, and the sum of all values."""
         zeros = [0.0] * (len(self.bounds) + 2)
-        return self.children.get(values) or self.children.setdefault(self.key(values), zeros)
+        key = values if len(self.children) < self.limit else self.others
+        return self.children.get(values) or self.children.setdefault(key, zeros)
 
     def note(self, value: float, *values: str) -> None:
         note_each(values, (self, value))
@@ -3660,10 +3663,12 @@ def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
 @remembered
 def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     """The field that names a session, by `names`, and the one to fall back on; each may be ''."""
-    first, last = (
-        [f"{name}: {said}" for name in group if (said := fields.values.get(name.lower()))]
-        for group in (names, LAST_SESSION_FIELDS))
-    return (first or [""])[0], (last or [""])[0]
+    found = ["", ""]
+    for n, group in enumerate((names, LAST_SESSION_FIELDS)):
+        for name in group:
+            if not found[n] and (said := fields.values.get(name.lower())):
+                found[n] = f"{name}: {said}"
+    return found[0], found[1]
 
 
 OTHER_UTF = re.compile(rb"(?s)(?=.{0,3}\0|\xff\xfe|\xfe\xff)[\0\xff\xfe \t\r\n]*+\{")
