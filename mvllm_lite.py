@@ -3247,34 +3247,21 @@ def with_model(content: Content, boundary: bytes, spans: Spans | None, model: st
 def with_members(
     content: Content, values: Mapping[str, bytes | None], spans: Spans | None = None
 ) -> Content:
-    """A JSON object with these values of members: None removes one, a missing one is put in front;
-    all other bytes stay.  A bytearray, maybe large, is itself changed; `spans` has the places of
-    its members."""
+    """A JSON object with these values of members: None makes one null, another that is missing is
+    put in front; all other bytes stay.  Of a member that occurs twice the last is changed, which
+    counts.  A bytearray, maybe large, is itself changed; `spans` has the places of its members."""
     changed = content if isinstance(content, bytearray) else bytearray(content)
     spans = member_spans(content, values) if spans is None else spans
     places = {name: spans[name] for name in values if name in spans}
     for name in sorted(places, key=lambda name: -places[name][0]):
-        begin, end = places[name]
-        if (value := values[name]) is None:
-            begin, end = whole_member(changed, begin, end)
-        changed[begin:end] = value or b""
+        changed[slice(*places[name])] = values[name] or b"null"
     new = [b'"%b":%b' % (name.encode(), value) for name, value in values.items()
            if value is not None and name not in places]
     brace = changed.find(b"{") + 1
     if new and not EMPTY.match(changed, brace):
         new.append(b"")  # for a comma
     changed[brace:brace] = b",".join(new)
-    gone = {name: None for name in places if values[name] is None}
-    return with_members(changed, gone) if gone else changed  # a member may occur twice
-
-
-def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
-    """Where the member whose value spans `begin` to `end` begins and ends, with one comma."""
-    name = content.rfind(b'"', 0, content.rfind(b'"', 0, begin))
-    if content[end : end + 1] == b",":
-        return name, end + 1
-    before = len(content[:name].rstrip()) - 1
-    return (before if content[before : before + 1] == b"," else name), end
+    return changed
 
 
 # ══════════
@@ -10691,10 +10678,7 @@ class MessageReader:
 
 
 Stream = tuple[MessageReader, asyncio.StreamWriter]  # one of our own connections to a server
-UNANSWERED = PeerGone, BadMessage, TimeoutError  # what a request of our own raises
-
-
-NO_ANSWER = (PeerGone, BadMessage, TimeoutError)  # that its methods raise
+NO_ANSWER = PeerGone, BadMessage, TimeoutError  # that its methods raise
 
 
 class HttpClient(Upstream):
@@ -19606,7 +19590,7 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
         return COMES_NEXT[seat.phase]
     if seat.leaving or seat.in_flight:
         return "rests after its answers" if seat.leaving else "stays while it is in use"
-    rest = min(rests_of(model, seat), default=None)
+    rest = min(rests_of(model, seat), key=operator.itemgetter(0), default=None)
     soon = f"{RESTS[rest[1]]} in {max(0.0, rest[0] - seat.idle_s):.0f} s" if rest else ""
     if seat.phase is Phase.SLEEPING:
         return "; ".join(filter(None, ("wakes when it is asked for", soon)))
@@ -19622,7 +19606,7 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 INSTANCE_ENV = "MVLLM_LITE_INSTANCE"  # marks our processes, for a successor too
 OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", READY_ENV,
               SOCKETS_ENV, OPERATOR_SOCKETS_ENV, BY_HAND_ENV)
-OUTPUT_BYTES = 256 * 1024  # of a child's output, at least
+OUTPUT_BYTES = 256 * 1024  # of a child's output to keep; up to twice as many between two trims
 REASON_LINES = 5  # of output in the reason for an end
 KILLED_S = 5.0  # for a killed group to be gone
 ENDS_LOOK_S = 0.2  # between looks, where the system reports no ends
@@ -21337,8 +21321,8 @@ class PoolPlanner:
                 where = f"{seat.host}:{','.join(map(str, seat.devices))}" if seat else ""
                 rows.append({
                     "model": alias, "waiting": len(pool.uses.waiting.get(alias, ())),
-                    "state": phase.value, "where": where.rstrip(":"), "gb": seat.gb if seat else 0,
-                    "since_s": seat and round(seat.age_s, 1),
+                    "state": phase.value, "where": where.rstrip(":"),
+                    "gb": seat.gb if seat else 0.0, "since_s": seat and round(seat.age_s, 1),
                     "idle_s": seat and round(seat.idle_s, 1), "starts": one.get("starts", 0),
                     "reason": one.get("reason", ""), "next": next_step(model, seat, blocked),
                     "acts": acts_on(model, phase), "why": one["reason"] if phase is Phase.FAILED
@@ -24316,7 +24300,7 @@ services:
   mvllm_lite:
     build: .
     ports: ["8888:8888"]
-    volumes: ["./config:/config:ro"]
+    volumes: ["./config:/config:ro"] # the directory, so that a file put in place by rename is seen
     environment: { LOG_DIR: /tmp/logs }
     read_only: true
     tmpfs: ["/tmp"]
