@@ -20055,7 +20055,7 @@ class Agent:
         devices = tuple(map(int, saved["devices"]))
         now = loop_time()
         life = self.lives[model.alias, name] = Life(now)
-        restore_kept(life, LIFE_COUNTS, saved)
+        restore_kept(life, saved.keys() & {*LIFE_COUNTS}, saved)  # of which others may keep fewer
         if not child.alive or phase is Phase.STOPPING:
             if ours:
                 await child.end(0.0)
@@ -20436,7 +20436,7 @@ class RemoteHost:
 
 
 class ManagedHost(KnownHost):
-    """A machine of a pool that another balancer keeps, as described by that."""
+    """A machine of a pool that another balancer keeps, as that balancer describes it."""
 
     def __init__(self, name: str, manager: str, key: str) -> None:
         self.name, self.manager, self._key = name, manager, key
@@ -23116,7 +23116,7 @@ class ScreenProcess:
         """`act` gets the actions that keys ask for; `hold`, whether it has the terminal to
         itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
-        self.why = ""  # it has ended
+        self.why = ""  # the reason for the process's end
         self.leave = b""  # restores the terminal
         self.unanswered = 0
         self.closing = False
@@ -24887,7 +24887,7 @@ class Job:
 class Engine:
     """A vLLM server: it admits requests in order, computes prompts in chunks, and preempts the
     youngest request when it runs out of room.  Its time passes in stretches of one step, or of many
-    in which only the answers grow, at most `longest`."""
+    in which only the answers grow: at most `longest`, to check that they change no result."""
 
     def __init__(self, kind: EngineKind, longest: float = INFINITY):
         self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
