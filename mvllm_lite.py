@@ -17852,7 +17852,8 @@ def merge_usage(document: dict[str, Any], prefill: Document) -> bool:
 
 
 def merge_logprobs(document: dict[str, Any], prefill: Document) -> bool:
-    """Copies the prompt's logprobs from the prefill server's answer.  Returns if it has any."""
+    """Copies the prompt's logprobs from the prefill server's answer.  Returns whether it has
+    any."""
     changed = False
     if prefill.get("prompt_logprobs") is not None:
         document["prompt_logprobs"], changed = prefill["prompt_logprobs"], True
@@ -17899,7 +17900,7 @@ class Connector:
     """What the legs say.  `said` is a JSON object with the handle from a prefill leg's answer."""
 
     name: ClassVar[str] = ""
-    passes_handles: ClassVar[bool] = True  # one engine's handle goes to another
+    passes_handles: ClassVar[bool] = True  # to another engine, so who made them must be known
     asks: ClassVar[bool] = False  # a prefill server's identity is asked before its first leg
     pins_rank: ClassVar[bool] = False  # the prefill leg always names its rank
     paired_by_id: ClassVar[bool] = False  # the legs find each other by their id alone
@@ -18668,8 +18669,8 @@ class PrefillDecode:
         return [self.choose(x, split, "prefill", frozenset()), decode]
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
-        """As `Learn`.  Requests that need it at once share one answer, or wait in vain only
-        once."""
+        """As `Learn`.  Requests that need it at the same time share one answer, or wait in vain
+        only once."""
         self.forget_gone()
         if (known := self.memory.get(server.id)) is not None:
             return Outcome(more=known)
@@ -19191,7 +19192,7 @@ class HostView(NamedTuple):
 class Demand(NamedTuple):
     waiting: int = 0
     waited_s: float = 0.0  # the longest of them
-    load: float = 0.0  # requests by capacity, of those that run
+    load: float = 0.0  # requests divided by capacity, of those that run
     high_s: float = 0.0  # for so long the load is above its mark,
     low_s: float = 0.0  # or below
     host: str = ""  # the only one that may run it
@@ -19271,7 +19272,7 @@ def room_on(
     host: HostView, device: int, need_gb: float, seats: Sequence[Seat], may_move: Collection[str]
 ) -> tuple[tuple[tuple[Seat, str], ...], bool] | float:
     """The moves that make room for so many GB on a device, and whether there is room already; or
-    the GB that no moves can make."""
+    the GB that are lacking if no moves can."""
     here = [seat for seat in seats if seat.host == host.name and device in seat.devices]
     free = host.total_gb[device] - (host.foreign_gb[device] if host.foreign_gb else 0.0)
     slack = 1e-6 - need_gb
@@ -19900,7 +19901,7 @@ class Instance:
         self.port, self.level, self.command = 0, 0, list[str]()
         self.created_at, self.digest = time.time(), ""
         self.trouble = ""  # why one that starts is not ready
-        self.sleepless = False
+        self.sleepless = False  # it has refused to sleep
         self.said = dict[str, Any]()  # the model without its profile's additions
         self.task: asyncio.Task[None] | None = None
         self.busy = asyncio.Lock()  # held while it is put to sleep or woken
@@ -20519,7 +20520,8 @@ class Uses:
         self.high_at: dict[str, float] = {}
         self.low_at: dict[str, float] = {}
 
-    def demand(self, model: ModelSettings, load: float, host: str, now: float) -> Demand:
+    def note_load(self, model: ModelSettings, load: float, host: str, now: float) -> Demand:
+        """Note a model's load.  Returns what is wanted of it."""
         alias = model.alias
         for at, holds in ((self.high_at, load >= model.scale_up_at),
                           (self.low_at, load < model.scale_down_at)):
@@ -20668,7 +20670,7 @@ class Holdings:
         self.notify()
 
     def load_of(self, alias: str) -> float:
-        """Of its running instances: their requests by their capacity."""
+        """The requests at a model's running instances, divided by their capacity."""
         in_flight = capacity = 0.0
         for _, one in self.instances(alias):
             view = self.core.fleet.view(one["alias"])
@@ -20680,7 +20682,7 @@ class Holdings:
     def demands(self, now: float) -> dict[str, Demand]:
         found = {}
         for alias, model in self.models.items():
-            demand = self.uses.demand(model, self.load_of(alias), self.only_host(model), now)
+            demand = self.uses.note_load(model, self.load_of(alias), self.only_host(model), now)
             waiting = max(demand.waiting, alias in self.wishes)
             found[alias] = demand._replace(waiting=waiting)
         return found
@@ -22049,7 +22051,7 @@ def sparkline(history: Sequence[float | None]) -> str:
 
 
 def load_ratio(server: Document) -> float | None:
-    """How full a server is: its requests, ours and others', by its capacity."""
+    """How full a server is: its requests, ours and others', divided by its capacity."""
     said = (server["running"] or 0) + (server["waiting"] or 0)
     capacity = server["capacity"]
     if not is_known(capacity) or capacity <= 0:
