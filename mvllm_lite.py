@@ -23511,9 +23511,10 @@ const MARKS = { good: "✓", warn: "!", bad: "✕" };
 const worst = s => list(s.troubles)[0] || { level: "", word: s.state };  // of a server
 const RATES = [["Requests/s", "requests_per_s", rate], ["Tokens/s", "tokens_per_s", rate]];
 const TIMES = [["TTFT p50", "ttft_p50_s", wait], ["TTFT p95", "ttft_p95_s", wait]];
-const GRAPHS = [...RATES, ...TIMES, ["Queue", "queue", whole], ["Errors", "error_ratio", share]];
-const TOTALS = [["Healthy", "healthy", whole], ["In flight", "in_flight", whole], ...GRAPHS,
-  ["Connections", "connections", whole]];
+const QUEUE = ["Queue", "queue", whole], FAILED = ["Errors", "error_ratio", share];
+const GRAPHS = [...RATES, ...TIMES, QUEUE, FAILED];
+const TOTALS = [["Healthy", "healthy", whole], QUEUE, ["In flight", "in_flight", whole], ...RATES,
+  ...TIMES, FAILED, ["Connections", "connections", whole]];
 const ERRORS = ["Errors", "errors", whole], OURS = ["Ours", "in_flight", whole];
 const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole], OURS,
   ["KV cache", "kv_usage_ratio", share], ["Tokens/s", "tokens_per_s", rate, "n half"], ERRORS,
