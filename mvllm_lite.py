@@ -26,7 +26,7 @@ lines.
      #  room            what it owns
      0  front matter   ~ this map, the imports, the limits that several rooms share
 
-     I  HTTP             1,110 lines, for each message
+     I  HTTP             1,150 lines, for each message
      1  faults         · every way to fail, as one table: status, blame, what a retry may do
      2  heads          · HTTP/1.1 heads as the RFCs define them: parsed from bytes into values
      3  proxy header   · the PROXY protocol, in which a proxy names the client of a connection
@@ -34,7 +34,7 @@ lines.
      5  forwarding     · what an intermediary changes in messages; our own responses; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         1,350 lines, at the start, and at a reload
+    II  settings         1,330 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  pool settings  · models and how to launch them, as settings
      9  entries        · the keys of entries in [[servers]], [[keys]] and other tables
@@ -42,7 +42,7 @@ lines.
     11  complaints     · mistakes in settings, in words: where, found, expected
     12  settings file  · from TOML to settings; complaints with file, line and key
 
-   III  vLLM             2,380 lines, for each request, check and scrape
+   III  vLLM             2,370 lines, for each request, check and scrape
     13  content        · JSON: the places of the members that matter; compression undone
     14  forms          · forms: the model that a part names, found and replaced
     15  prompts        · a prompt's length, and how much of it each server has probably cached
@@ -54,7 +54,7 @@ lines.
     21  resumption     · whether another server can continue a stream; the join of the two
     22  engine load    · a server's reports about itself: its load, its models
 
-    IV  fleet            2,320 lines, for each request, check and scrape
+    IV  fleet            2,380 lines, for each request, check and scrape
     23  health         · whether a server can be asked, judged by checks and by how requests fared
     24  pace           · our requests at a server; how fast it reads and answers, as learned
     25  servers        · the view of each server: settings, health, report, what was learned, counts
@@ -66,14 +66,14 @@ lines.
     31  policies       · what a call costs at each server, by a dozen rules
     32  ranking        · which servers may be asked, which one is, and why
 
-     V  answering        1,000 lines, for each request
+     V  answering        1,020 lines, for each request
     33  queue          · requests that wait for room; how many retries the fleet can afford
     34  poison         · content that servers died with; who is to blame for a failure
     35  plans          · how a call is answered, step by step
     36  client keys    · clients' keys and what each is using; who owns stored responses
     37  access         · which clients may use which paths; trusted proxies
 
-    VI  what is counted  1,130 lines, for each request, and when asked for
+    VI  what is counted  1,150 lines, for each request, and when asked for
     38  documents      · the JSON documents for programs
     39  metrics        · the metric families that /metrics shows
     40  records        · requests and transitions as log lines, records and traces
@@ -81,7 +81,7 @@ lines.
     42  recent past    · the last minute of servers and models, the fleet's last quarter hour
     43  status         · the document that screen, page and /status.json share
 
-   VII  connections      1,960 lines, for each connection, and each piece of an answer
+   VII  connections      2,090 lines, for each connection, and each piece of an answer
     44  sockets        ~ what all sockets share: errors, deadlines, waits; listening sockets
     45  backlog        ~ what is held of clients' requests, and which clients leave unread
     46  wire           ~ one connection: its buffer, its deadline, its end
@@ -92,7 +92,7 @@ lines.
     51  response       ~ the client's side of an exchange
     52  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
-  VIII  a request        1,540 lines, for each request
+  VIII  a request        1,640 lines, for each request
     53  shared state   ~ what requests share: clients, pools, news, requests under way
     54  core           ~ the running balancer's state: settings, fleet, metrics, pools
     55  intake         ~ a request's content: gathered, decoded, held as long as it is needed
@@ -103,7 +103,7 @@ lines.
     60  exchange       ~ one request, from its head to its last byte
     61  other steps    ~ the steps that ask no server: waits, and the end if none answers
 
-    IX  operating        1,910 lines, all the time
+    IX  operating        1,930 lines, all the time
     62  watch          ~ health checks, load reports
     63  services       ~ background tasks that run if settings ask for them, as rows
     64  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
@@ -114,7 +114,7 @@ lines.
     69  handover       ~ one process takes over from another, without a gap
     70  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
-     X  program          470 lines, at the start and at the end
+     X  program          510 lines, at the start and at the end
     71  process        ~ signals, systemd, limits of the system
     72  router flags   ~ the command line of vllm-project/router, as keys of the settings
     73  command line   ~ what all subcommands share; the one that serves; `help`
@@ -154,7 +154,7 @@ lines.
     99  pool paths     ~ the paths about the pool, for people and programs
     100  worker         ~ an agent in a process of its own
 
-   XIV  seen             2,780 lines, on a terminal, for `top`, `help`, a browser at /status
+   XIV  seen             2,790 lines, on a terminal, for `top`, `help`, a browser at /status
     101  cells          · text in the cells of a terminal: its meaning, its width
     102  table          · the servers in lines, with as many columns as fit
     103  views          · graphs of the fleet; models, requests and keys as tables
@@ -6633,13 +6633,15 @@ class Roster:
 # where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
 # that are read in one step are answered together, so those ahead wait for this one as far as it
 # fits into their step.  √slowdown stands for half of what one more request does to the answers
-# beside it.  An answer is late if it takes more than `slo_token` seconds a token: s × slowdown, and
-# its waits, or the others' for uncached tokens × r / (1 − W), divided by tokens, or 25 if more.
+# beside it.  An answer is late if it takes more than `slo_token` seconds a token.  A token takes
+# s × slowdown and its share of a delay: the call's own waits or, for the answers beside it, the
+# reading of its uncached tokens, × r / (1 − W); shares are of the answer's tokens, of 25 if fewer.
 # In a fleet with more work than it can do in time, all servers would be a little too slow without
 # the last term; with it, only as many as must be.  Reading also keeps late servers late for longer,
-# and displaces what must be read again.  That counts, too, or servers that send each other the
-# prompts they have cached, because all are late, would be so for ever.  All of these numbers have
-# been varied on a simulated fleet, with workloads of all kinds: half and twice change little.
+# and displaces what must be read again, so an answer that is late anyway counts 3 times more for
+# each `slo_token` by which its tokens are delayed: else servers that are all late would send each
+# other the prompts they have cached, and stay late for ever.  All of these numbers have been varied
+# on a simulated fleet, with workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
 READING_SHARE = 0.8  # the largest W
