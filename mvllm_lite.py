@@ -6625,10 +6625,11 @@ class Roster:
 #
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
 #     first    = (prompts ahead + uncached tokens) × r + 1.5 × s × slowdown + waits
+#     long     = what first takes over 0.3 s, without waits
 #     answer   = tokens × s × slowdown × √slowdown
 #     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens + 2 × prompts ahead)
 #     late     = 15 × (late answers with the call − late answers without it)
-#     cost     = 4 × first + answer + others + late
+#     cost     = 4 × first + 10 × long + answer + others + late
 #
 # where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
 # that are read in one step are answered together, so those ahead wait for this one as far as it
@@ -6637,13 +6638,19 @@ class Roster:
 # s × slowdown and its share of a delay: the call's own waits or, for the answers beside it, the
 # reading of its uncached tokens, × r / (1 − W); shares are of the answer's tokens, of 25 if fewer.
 # In a fleet with more work than it can do in time, all servers would be a little too slow without
-# the last term; with it, only as many as must be.  Reading also keeps late servers late for longer,
-# and displaces what must be read again, so an answer that is late anyway counts 3 times more for
-# each `slo_token` by which its tokens are delayed: else servers that are all late would send each
-# other the prompts they have cached, and stay late for ever.  All of these numbers have been varied
-# on a simulated fleet, with workloads of all kinds: half and twice change little.
+# the last term; with it, only as many as must be.  Reading also keeps late answers late for longer,
+# and displaces what must be read again; and while prompts are pending, their reading makes answers
+# late that the mean of the last seconds calls in time.  So each answer beside counts as 3 more for
+# each `slo_token` by which this prompt delays its tokens, times x to the power of 16: x is the part
+# of `slo_token` that they take with this prompt and those ahead, at most 1, and 0 if below 0.7.
+# Else servers that are all late would send each other the prompts they have cached, and stay late
+# for ever, and bursts of long prompts would make the short answers between them late.  All of these
+# numbers have been varied on a simulated fleet, with workloads of all kinds: half and twice change
+# little.
 
-FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
+FIRST_WEIGHT = 4.0  # people mind waiting for the first token most,
+LONG_WEIGHT = 10.0  # and most of all what the reading takes over LONG_S
+LONG_S = 0.3
 READING_SHARE = 0.8  # the largest W
 FOREIGN_WEIGHT = 0.7  # in W, of what is read for others: the rest shows in the step's time
 LEAST_NEW_TOKENS = 16  # the prompt's last tokens are always read
@@ -6654,7 +6661,9 @@ OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
 STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
 LATE_FROM, LATE_TO = 0.95, 1.02  # of slo_token as predicted: none is late here, all are there
-LATE_LONGER = 3.0  # late answers for each that is late, per slo_token by which reading delays it
+LATE_LONGER = 3.0  # late answers for each beside, per slo_token by which reading delays it,
+LATE_POWER = 16  # times this power of the part of slo_token that its tokens take,
+LATE_NEAR = 0.7  # if that is more than this; else it counts for nothing
 KV_GROWTH = 128  # tokens of KV cache that each request will need on average
 
 
@@ -6667,6 +6676,7 @@ class Estimate(NamedTuple):
     others_s: float
     late_s: float
     wait_s: float  # for room in the KV cache, or for a seat
+    long_s: float  # of the first token, which count more
     step_s: float  # of a token without other work
     slowdown: float  # factor from that to the cost of this answer's tokens
     new: int  # tokens of its prompt to read
@@ -6678,9 +6688,10 @@ class Estimate(NamedTuple):
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
         late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
+        long = f" + {LONG_WEIGHT:g} × {self.long_s:.3g} over {LONG_S:g} s" * (self.long_s > 0)
         return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
-                f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
+                f"{long} + answer {self.answer_s:.3g} ({length:.0f} tokens at"
                 f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f})"
                 f" + others {self.others_s:.2g}{late}")
 
@@ -6717,11 +6728,10 @@ def lateness_s(
     first_s, range_s = LATE_FROM * slo_s, (LATE_TO - LATE_FROM) * slo_s
     before = (token_s * (1 - 1 / (crowd + running + 1)) - first_s) / range_s
     if before >= 1:  # all are late, with and without it
-        return LATE_S * (1 + running * LATE_LONGER * beside_s / slo_s)
+        return LATE_S
     own = min(1.0, max(0.0, (token_s + wait_s - first_s) / range_s))
     others = min(1.0, max(0.0, (token_s + beside_s - first_s) / range_s)) - max(0.0, before)
-    longer = max(0.0, token_s + beside_s - max(token_s, slo_s)) / slo_s
-    return LATE_S * (own + running * (others + LATE_LONGER * longer))
+    return LATE_S * (own + running * others)
 
 
 class Condition(NamedTuple):
@@ -6742,7 +6752,7 @@ class Condition(NamedTuple):
     slowdown: float = 0.0
     crowd: float = 0.0  # requests that double a step's time
     stretch: float = 1.0  # 1 / (1 − W)
-    spare_s: float = 0.0  # of reading per token of an answer, until answers are late
+    spare_s: float = 0.0  # of reading per token of an answer, until answers are nearly late
 
 
 NO_CONDITION = tuple(Condition())  # tuples that have no names are unpacked much faster
@@ -6750,7 +6760,7 @@ CONDITIONS_KEPT_S = 0.02  # the speed of a server hardly changes in that time
 
 
 def condition_of(
-    view: ServerView, ours: int, share: float, moment: Moment, in_time_s: float
+    view: ServerView, ours: int, share: float, moment: Moment, near_s: float
 ) -> tuple[Any, ...]:
     """The fields of a server's Condition, with a share of its capacity to use."""
     now, interval_s = moment.now, moment.interval_s
@@ -6773,7 +6783,7 @@ def condition_of(
     return (view, ours, counts, counts.rate, token_s, paced_s, step_s * slowdown, running,
             OTHERS_SOON + 2 * running, room if running < report.most_running else -1.0,
             INFINITY if ours else pace.retest_at, step_s, slowdown, crowd, stretch,
-            (in_time_s - paced_s) / stretch)
+            (near_s - paced_s) / stretch)
 
 
 class Conditions:
@@ -6797,9 +6807,9 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     """For each server what `estimate_of` takes.  It runs for each attempt, so it is fast."""
     now, interval_s = eligible.moment.now, eligible.moment.interval_s
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
-    mean, in_time_s = sum(eligible.in_flight) / len(eligible.views), LATE_FROM * slo_s or INFINITY
+    mean, near_s = sum(eligible.in_flight) / len(eligible.views), LATE_NEAR * slo_s or INFINITY
     spread = length if length > OTHERS_TOKENS else OTHERS_TOKENS
-    late = OTHERS_TOKENS / spread
+    late, in_time_s = OTHERS_TOKENS / spread, LATE_FROM * slo_s
     step_tokens, may_be_late = STEP_TOKENS, slo_s > 0
     if length <= 1:  # prefill: the requests there come first, and no answers run
         mean, late, step_tokens, may_be_late = 0.0, 0.0, 0, False
@@ -6813,33 +6823,46 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
          retest_at, _, _, crowd, stretch, spare_s) = condition
         if view is not seen or ours != known or counts.rate != rate:
             kept[n] = condition = condition_of(
-                view, ours, shares[n] if shares else 1.0, eligible.moment, in_time_s)
+                view, ours, shares[n] if shares else 1.0, eligible.moment, near_s)
             (_, _, counts, _, token_s, paced_s, answer_token_s, running, soon, room,
              retest_at, _, _, crowd, stretch, spare_s) = condition
-        new, wait_s, late_s = tokens - cached, 0.0, 0.0
+        new = tokens - cached
+        long_s = wait_s = late_s = 0.0
         if new < LEAST_NEW_TOKENS:
             new = LEAST_NEW_TOKENS
-        if tokens > room:
-            oldest = oldest_report(now, interval_s)
-            wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
-        reading_s = new * token_s
-        if (reading_s > spare_s * spread or wait_s) and may_be_late:
-            late_s = lateness_s(paced_s, wait_s / spread, reading_s * stretch / spread, slo_s,
-                                running, crowd)
+        read_s = reading_s = new * token_s
         if soon > mean:
             soon = mean
-        first_s = reading_s + FIRST_STEPS * paced_s + wait_s
         answer_s = length * answer_token_s
         others_s = (OTHERS_MEAN * soon + late * running) * reading_s
         if pending:
-            first_s += pending * token_s
+            read_s += pending * token_s
             if (left := step_tokens - pending) > 0:
                 fitting_s = reading_s if new < left else left * token_s
                 others_s += OTHERS_UNREAD * counts.unread * fitting_s
-        cost_s = FIRST_WEIGHT * first_s + answer_s + others_s + late_s
+        first_s = read_s + FIRST_STEPS * paced_s
+        cost_s = FIRST_WEIGHT * first_s + answer_s + others_s
+        if first_s > LONG_S:
+            long_s = first_s - LONG_S
+            cost_s += LONG_WEIGHT * long_s
+        if tokens > room:
+            oldest = oldest_report(now, interval_s)
+            wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
+            first_s += wait_s
+            cost_s += FIRST_WEIGHT * wait_s
+        if (read_s > spare_s * spread or wait_s) and may_be_late:
+            share = stretch / spread
+            beside_s = reading_s * share
+            near = (paced_s + read_s * share) / slo_s
+            late_s = LATE_S * LATE_LONGER * running * beside_s / slo_s
+            if near < 1:
+                late_s *= near**LATE_POWER
+            if paced_s + beside_s > in_time_s or wait_s:
+                late_s += lateness_s(paced_s, wait_s / spread, beside_s, slo_s, running, crowd)
+            cost_s += late_s
         if tried_at > retest_at:
             cost_s = 0.0  # otherwise it is more
-        out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, new, condition))
+        out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, long_s, new, condition))
     return out
 
 

@@ -6153,8 +6153,9 @@ def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried
 
 
 def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0):
-    """(first token, answer, others, late) of a server, in seconds, as room estimates has it;
-    answers have 200 tokens, and are late at 0.05 s for each.  It `waits` so many answers."""
+    """(first token, what of it counts more, answer, others, late) of a server, in seconds, as room
+    estimates has it; answers have 200 tokens, and are late at 0.05 s for each.  It `waits` so many
+    answers."""
     s, n, new = view.pace.step_s, view.counts.in_flight + foreign, max(16, tokens - cached)
     alone = 1 + (n + 1) / 100 / view.settings.weight / share
     fades = max(0.0, 1 - (NOW - view.counts.at) / 5)
@@ -6165,10 +6166,12 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0)
     beside = slowdown + new * r * stretch / 200 / s
     own, more, less = (min(1, max(0, (s * times / 0.05 - 0.95) / 0.07))
                        for times in (slowdown * (1 + waits), beside, before))
-    longer = max(0, beside - max(slowdown, 0.05 / s)) * s / 0.05
+    near = (beside + view.counts.pending * r * stretch / 200 / s) * s / 0.05
+    longer = min(1, near)**16 * (beside - slowdown) * s / 0.05 if near > 0.7 or waits else 0
     wait_s = waits * 200 * s * slowdown
+    soon = (view.counts.pending + new) * r + 1.5 * s * slowdown
     together = max(0, min(new, 4096 - view.counts.pending)) * view.counts.unread
-    return ((view.counts.pending + new) * r + 1.5 * s * slowdown + wait_s,
+    return (soon + wait_s, max(0, soon - 0.3),
             200 * s * slowdown**1.5,
             new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8) + 2 * together * r,
             15 * (own + n * (more - less + 3 * longer)))
@@ -6216,6 +6219,15 @@ UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and sh
     ("they would still be in time", [{"step_s": 0.03, "in_flight": 19}], 500, [0], {}),
     ("the more it reads already, the later", [
         {"step_s": 0.03, "in_flight": 5, "rate": 1500.0, "at": NOW}], 4000, [0], {}),
+    ("prompts ahead make some late", [
+        {"step_s": 0.03, "in_flight": 19, "pending": 9000, "unread": 3}], 2000, [0], {}),
+    ("and more, the more it reads", [
+        {"step_s": 0.03, "in_flight": 19, "pending": 9000, "rate": 1500.0, "at": NOW}], 2000, [0],
+     {}),
+    ("they make none that are far from it", [
+        {"step_s": 0.01, "in_flight": 19, "pending": 9000}], 2000, [0], {}),
+    ("a first token in 0.3 s", [{"step_s": 0.02}], 2450, [0], {}),
+    ("one that takes longer", [{"step_s": 0.02}], 2700, [0], {}),
     ("the reading of what is cached makes none late", [{"step_s": 0.04, "in_flight": 17}], 500,
      [500], {}),
 )
@@ -6234,16 +6246,17 @@ def test_the_cost_that_is_the_default_and_its_words(views, tokens, cached, more)
     mean = sum(view.counts.in_flight for view in servers) / len(servers)
     for view, known, cost, words in zip(servers, cached, ranking.costs,
                                         ranking.policy.terms(ranking.eligible)):
-        first, answer, others, late = costs_by_hand(view, tokens, known, mean, **more)
-        assert cost == pytest.approx(4 * first + answer + others + late)
+        first, long, answer, others, late = costs_by_hand(view, tokens, known, mean, **more)
+        assert cost == pytest.approx(4 * first + 10 * long + answer + others + late)
         told = re.fullmatch(
             r"4 × first token (\S+) \(pending \d+ \+ uncached \d+ at [\d,]+/s\)"
+            r"(?: \+ 10 × (\S+) over 0\.3 s)?"
             r" \+ answer (\S+) \(200 tokens at (\S+) ms × ([\d.]+)\) \+ others (\S+)"
             r"(?: \+ late (\S+))?", words)
         assert told, words
-        assert [float(told[n] or 0) for n in (1, 2, 5, 6)] == pytest.approx(
-            [first, answer, others, late], rel=0.06)
-        assert float(told[3]) * float(told[4]) / 5 == pytest.approx(answer, rel=0.06)
+        assert [float(told[n] or 0) for n in (1, 2, 3, 6, 7)] == pytest.approx(
+            [first, long, answer, others, late], rel=0.06)
+        assert float(told[4]) * float(told[5]) / 5 == pytest.approx(answer, rel=0.06)
     assert ranking.best == servers[ranking.costs.index(min(ranking.costs))].id
 
 
@@ -6269,8 +6282,9 @@ def test_a_request_waits_where_there_is_no_room_for_it(known, answers):
         kv_room=10_000 * (1 - view.load.kv_usage_ratio)))
     known["seats"] = seats
     ranking = judged([view], tokens=1000)
-    first, answer, others, late = costs_by_hand(view, 1000, 0, view.counts.in_flight, waits=answers)
-    assert ranking.costs[0] == pytest.approx(4 * first + answer + others + late)
+    first, long, answer, others, late = costs_by_hand(
+        view, 1000, 0, view.counts.in_flight, waits=answers)
+    assert ranking.costs[0] == pytest.approx(4 * first + 10 * long + answer + others + late)
     assert ("waits" in ranking.why()) is bool(answers)
 
 
@@ -6301,6 +6315,16 @@ def test_servers_that_are_almost_late_keep_the_prompts_they_have_cached(tokens, 
     """One makes a token in 49 ms with the request; the other in 56, so that all there are late."""
     views = [server(0, in_flight=40, step_s=0.0348), server(1, in_flight=60, step_s=0.0348)]
     assert judged(views, cached=[cached, 0], tokens=tokens).best == best
+
+
+@pytest.mark.parametrize("pending, best", [(0, "s0"), (15_000, "s1")])
+def test_where_prompts_pend_the_short_answers_that_they_would_make_late_count(pending, best):
+    """The first is the faster one, and has two thirds of all the answers."""
+    fleet = Fleet([server(0, step_s=0.01, in_flight=20, pending=pending),
+                   server(1, step_s=0.015, in_flight=10, pending=pending * 2 // 3)])
+    for _ in range(2000):
+        fleet.answers.ended("m", 25)
+    assert judged(fleet, tokens=2000).best == best
 
 
 def test_reading_makes_answers_of_a_few_tokens_no_later_than_those_of_25():
@@ -6606,7 +6630,7 @@ def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
 
 def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
     """Sticky until saturated falls out of the one cost."""
-    for in_flight, best in ((0, "s0"), (40, "s0"), (150, "s1")):
+    for in_flight, best in ((0, "s0"), (40, "s0"), (250, "s1")):
         assert judged([server(0, in_flight=in_flight), server(1)], cached=[8000, 0],
                       tokens=8000).best == best
 
