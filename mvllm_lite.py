@@ -6639,14 +6639,14 @@ class Roster:
 # reading of its uncached tokens, × r / (1 − W); shares are of the answer's tokens, of 25 if fewer.
 # In a fleet with more work than it can do in time, all servers would be a little too slow without
 # the last term; with it, only as many as must be.  Reading also keeps late answers late for longer,
-# and displaces what must be read again; and while prompts are pending, their reading makes answers
-# late that the mean of the last seconds calls in time.  So each answer beside counts as 3 more for
-# each `slo_token` by which this prompt delays its tokens, times x to the power of 16: x is the part
-# of `slo_token` that they take with this prompt and those ahead, at most 1, and 0 if below 0.7.
-# Else servers that are all late would send each other the prompts they have cached, and stay late
-# for ever, and bursts of long prompts would make the short answers between them late.  All of these
-# numbers have been varied on a simulated fleet, with workloads of all kinds: half and twice change
-# little.
+# and displaces what must be read again; and it delays short answers most, when prompts ahead are
+# read, too.  So each answer beside counts as one more for each `slo_token` by which this prompt
+# delays its tokens, times x to the power of 16: x is the part of `slo_token` that the tokens of
+# answers of a third of the usual length take with this prompt and those ahead, at most 1, and 0 if
+# below 0.7.  Else servers that are all late would send each other the prompts they have cached, and
+# stay late for ever, and bursts of long prompts would make the short answers between them late.
+# All of these numbers have been varied on a simulated fleet, with workloads of all kinds: half and
+# twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most,
 LONG_WEIGHT = 10.0  # and most of all what the reading takes over LONG_S
@@ -6661,9 +6661,9 @@ OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
 STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
 LATE_FROM, LATE_TO = 0.95, 1.02  # of slo_token as predicted: none is late here, all are there
-LATE_LONGER = 3.0  # late answers for each beside, per slo_token by which reading delays it,
-LATE_POWER = 16  # times this power of the part of slo_token that its tokens take,
-LATE_NEAR = 0.7  # if that is more than this; else it counts for nothing
+LATE_SHORT = 3.0  # the usual length of an answer over that of the short ones beside,
+LATE_POWER = 16  # which count with this power of the part of slo_token that their tokens take,
+LATE_NEAR = 0.7  # if that is more than this
 KV_GROWTH = 128  # tokens of KV cache that each request will need on average
 
 
@@ -6809,7 +6809,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
     mean, near_s = sum(eligible.in_flight) / len(eligible.views), LATE_NEAR * slo_s or INFINITY
     spread = length if length > OTHERS_TOKENS else OTHERS_TOKENS
-    late, in_time_s = OTHERS_TOKENS / spread, LATE_FROM * slo_s
+    late, short, in_time_s = OTHERS_TOKENS / spread, spread / LATE_SHORT, LATE_FROM * slo_s
     step_tokens, may_be_late = STEP_TOKENS, slo_s > 0
     if length <= 1:  # prefill: the requests there come first, and no answers run
         mean, late, step_tokens, may_be_late = 0.0, 0.0, 0, False
@@ -6850,11 +6850,10 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
             wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
             first_s += wait_s
             cost_s += FIRST_WEIGHT * wait_s
-        if (read_s > spare_s * spread or wait_s) and may_be_late:
-            share = stretch / spread
-            beside_s = reading_s * share
-            near = (paced_s + read_s * share) / slo_s
-            late_s = LATE_S * LATE_LONGER * running * beside_s / slo_s
+        if (read_s > spare_s * short or wait_s) and may_be_late:
+            beside_s = reading_s * stretch / spread
+            near = (paced_s + read_s * stretch / short) / slo_s
+            late_s = LATE_S * running * beside_s / slo_s
             if near < 1:
                 late_s *= near**LATE_POWER
             if paced_s + beside_s > in_time_s or wait_s:

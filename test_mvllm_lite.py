@@ -6166,7 +6166,7 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0)
     beside = slowdown + new * r * stretch / 200 / s
     own, more, less = (min(1, max(0, (s * times / 0.05 - 0.95) / 0.07))
                        for times in (slowdown * (1 + waits), beside, before))
-    near = (beside + view.counts.pending * r * stretch / 200 / s) * s / 0.05
+    near = (slowdown * s + 3 * (view.counts.pending + new) * r * stretch / 200) / 0.05
     longer = min(1, near)**16 * (beside - slowdown) * s / 0.05 if near > 0.7 or waits else 0
     wait_s = waits * 200 * s * slowdown
     soon = (view.counts.pending + new) * r + 1.5 * s * slowdown
@@ -6174,7 +6174,7 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0)
     return (soon + wait_s, max(0, soon - 0.3),
             200 * s * slowdown**1.5,
             new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8) + 2 * together * r,
-            15 * (own + n * (more - less + 3 * longer)))
+            15 * (own + n * (more - less + longer)))
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
