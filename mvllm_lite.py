@@ -6625,31 +6625,31 @@ class Roster:
 #
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
 #     first    = (prompts ahead + uncached tokens) × r + 1.5 × s × slowdown + waits
-#     long     = what first takes over 0.3 s, without waits
+#     long     = 10 × d × (1 + d)
 #     answer   = tokens × s × slowdown × √slowdown
 #     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens + 2 × prompts ahead)
 #     late     = 15 × (late answers with the call − late answers without it)
-#     cost     = 4 × first + 10 × long + answer + others + late
+#     cost     = 4 × first + long + answer + others + late
 #
-# where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  Prompts
-# that are read in one step are answered together, so those ahead wait for this one as far as it
-# fits into their step.  √slowdown stands for half of what one more request does to the answers
-# beside it.  An answer is late if it takes more than `slo_token` seconds a token.  A token takes
-# s × slowdown and its share of a delay: the call's own waits or, for the answers beside it, the
-# reading of its uncached tokens, × r / (1 − W); shares are of the answer's tokens, of 25 if fewer.
-# In a fleet with more work than it can do in time, all servers would be a little too slow without
-# the last term; with it, only as many as must be.  Reading also keeps late answers late for longer,
-# and displaces what must be read again; and it delays short answers most, when prompts ahead are
-# read, too.  So each answer beside counts as one more for each `slo_token` by which this prompt
-# delays its tokens, times x to the power of 16: x is the part of `slo_token` that the tokens of
-# answers of a third of the usual length take with this prompt and those ahead, at most 1, and 0 if
-# below 0.7.  Else servers that are all late would send each other the prompts they have cached, and
-# stay late for ever, and bursts of long prompts would make the short answers between them late.
-# All of these numbers have been varied on a simulated fleet, with workloads of all kinds: half and
-# twice change little.
+# where d is what first takes over 0.3 s without waits, and m, the requests expected there soon, is
+# the fleet's mean n, but at most 2n + 10.  Prompts that are read in one step are answered together,
+# so those ahead wait for this one as far as it fits into their step.  √slowdown stands for half of
+# what one more request does to the answers beside it.  An answer is late if it takes more than
+# `slo_token` seconds a token.  A token takes s × slowdown and its share of a delay: the call's own
+# waits or, for the answers beside it, the reading of its uncached tokens, × r / (1 − W); shares are
+# of the answer's tokens, of 25 if fewer.  In a fleet with more work than it can do in time, all
+# servers would be a little too slow without the last term; with it, only as many as must be.
+# Reading also keeps late answers late for longer, and displaces what must be read again; and it
+# delays short answers most, when prompts ahead are read, too.  So each answer beside counts as one
+# more for each `slo_token` by which this prompt delays its tokens, times x to the power of 16: x is
+# the part of `slo_token` that the tokens of answers of a third of the usual length take with this
+# prompt and those ahead, at most 1, and 0 if below 0.7.  Else servers that are all late would send
+# each other the prompts they have cached, and stay late for ever, and bursts of long prompts would
+# make the short answers between them late.  All of these numbers have been varied on a simulated
+# fleet, with workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most,
-LONG_WEIGHT = 10.0  # and most of all what the reading takes over LONG_S
+LONG_WEIGHT = 10.0  # and more and more over LONG_S
 LONG_S = 0.3
 READING_SHARE = 0.8  # the largest W
 FOREIGN_WEIGHT = 0.7  # in W, of what is read for others: the rest shows in the step's time
@@ -6672,11 +6672,11 @@ class Estimate(NamedTuple):
 
     cost_s: float
     first_s: float  # waits included
+    long_s: float
     answer_s: float
     others_s: float
     late_s: float
     wait_s: float  # for room in the KV cache, or for a seat
-    long_s: float  # of the first token, which count more
     step_s: float  # of a token without other work
     slowdown: float  # factor from that to the cost of this answer's tokens
     new: int  # tokens of its prompt to read
@@ -6688,7 +6688,7 @@ class Estimate(NamedTuple):
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
         late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
-        long = f" + {LONG_WEIGHT:g} × {self.long_s:.3g} over {LONG_S:g} s" * (self.long_s > 0)
+        long = f" + long {self.long_s:.2g}" if self.long_s else ""
         return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f"{long} + answer {self.answer_s:.3g} ({length:.0f} tokens at"
@@ -6843,8 +6843,8 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         first_s = read_s + FIRST_STEPS * paced_s
         cost_s = FIRST_WEIGHT * first_s + answer_s + others_s
         if first_s > LONG_S:
-            long_s = first_s - LONG_S
-            cost_s += LONG_WEIGHT * long_s
+            long_s = LONG_WEIGHT * (first_s - LONG_S) * (1 - LONG_S + first_s)
+            cost_s += long_s
         if tokens > room:
             oldest = oldest_report(now, interval_s)
             wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
@@ -6861,7 +6861,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
             cost_s += late_s
         if tried_at > retest_at:
             cost_s = 0.0  # otherwise it is more
-        out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, long_s, new, condition))
+        out.append((cost_s, first_s, long_s, answer_s, others_s, late_s, wait_s, new, condition))
     return out
 
 
