@@ -6686,9 +6686,9 @@ class Estimate(NamedTuple):
     def words(self, pending: int, length: float) -> str:
         """The cost as a sum in words, for an answer of `length` behind so many pending tokens."""
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
-        late = f" + late {self.late_s:.2g}" if self.late_s else ""
+        late = f" + late {self.late_s:.3g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
-        long = f" + long {self.long_s:.2g}" if self.long_s else ""
+        long = f" + long {self.long_s:.3g}" if self.long_s else ""
         return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f"{long} + answer {self.answer_s:.3g} ({length:.0f} tokens at"
