@@ -6625,7 +6625,7 @@ class Roster:
 #
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
 #     first    = (prompts ahead + uncached tokens) × r + 1.5 × s × slowdown + waits
-#     long     = 10 × d × (1 + d)
+#     long     = 10 × d × (1 + d), but 20 × d where d is over 1
 #     answer   = tokens × s × slowdown × √slowdown
 #     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens + 2 × prompts ahead)
 #     late     = 15 × (late answers with the call − late answers without it)
@@ -6640,7 +6640,7 @@ class Roster:
 # of the answer's tokens, of 25 if fewer.  In a fleet with more work than it can do in time, all
 # servers would be a little too slow without the last term; with it, only as many as must be.
 # Reading also keeps late answers late for longer, and displaces what must be read again; and it
-# delays short answers most, when prompts ahead are read, too.  So each answer beside counts as one
+# delays short answers most, when prompts ahead are read, too.  So each answer beside counts as two
 # more for each `slo_token` by which this prompt delays its tokens, times x to the power of 16: x is
 # the part of `slo_token` that the tokens of answers of a third of the usual length take with this
 # prompt and those ahead, at most 1, and 0 if below 0.7.  Else servers that are all late would send
@@ -6649,7 +6649,7 @@ class Roster:
 # fleet, with workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most,
-LONG_WEIGHT = 10.0  # and more and more over LONG_S
+LONG_WEIGHT = 10.0  # and more and more over LONG_S, for another second
 LONG_S = 0.3
 READING_SHARE = 0.8  # the largest W
 FOREIGN_WEIGHT = 0.7  # in W, of what is read for others: the rest shows in the step's time
@@ -6661,6 +6661,7 @@ OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
 STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
 LATE_FROM, LATE_TO = 0.95, 1.02  # of slo_token as predicted: none is late here, all are there
+LATE_LONGER = 2.0  # late answers for each beside, per slo_token by which reading delays its tokens
 LATE_SHORT = 3.0  # the usual length of an answer over that of the short ones beside,
 LATE_POWER = 16  # which count with this power of the part of slo_token that their tokens take,
 LATE_NEAR = 0.7  # if that is more than this
@@ -6843,7 +6844,8 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         first_s = read_s + FIRST_STEPS * paced_s
         cost_s = FIRST_WEIGHT * first_s + answer_s + others_s
         if first_s > LONG_S:
-            long_s = LONG_WEIGHT * (first_s - LONG_S) * (1 - LONG_S + first_s)
+            over_s = first_s - LONG_S
+            long_s = LONG_WEIGHT * over_s * (1 + over_s if over_s < 1 else 2)
             cost_s += long_s
         if tokens > room:
             oldest = oldest_report(now, interval_s)
@@ -6853,7 +6855,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         if (read_s > spare_s * short or wait_s) and may_be_late:
             beside_s = reading_s * stretch / spread
             near = (paced_s + read_s * stretch / short) / slo_s
-            late_s = LATE_S * running * beside_s / slo_s
+            late_s = LATE_S * LATE_LONGER * running * beside_s / slo_s
             if near < 1:
                 late_s *= near**LATE_POWER
             if paced_s + beside_s > in_time_s or wait_s:

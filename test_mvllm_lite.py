@@ -6171,10 +6171,10 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0, waits=0.0)
     soon = (view.counts.pending + new) * r + 1.5 * s * slowdown
     together = max(0, min(new, 4096 - view.counts.pending)) * view.counts.unread
     over = max(0, soon - 0.3)
-    return (soon + wait_s, 10 * over * (1 + over),
+    return (soon + wait_s, 10 * over * (1 + min(1, over)),
             200 * s * slowdown**1.5,
             new * r * (0.5 * min(mean, 10 + 2 * n) + n / 8) + 2 * together * r,
-            15 * (own + n * (more - less + longer)))
+            15 * (own + n * (more - less + 2 * longer)))
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
@@ -6228,6 +6228,7 @@ UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and sh
         {"step_s": 0.01, "in_flight": 19, "pending": 9000}], 2000, [0], {}),
     ("a first token in 0.3 s", [{"step_s": 0.02}], 2450, [0], {}),
     ("one that takes longer", [{"step_s": 0.02}], 2700, [0], {}),
+    ("much longer", [{"step_s": 0.02}], 27_000, [0], {}),
     ("the reading of what is cached makes none late", [{"step_s": 0.04, "in_flight": 17}], 500,
      [500], {}),
 )
