@@ -6843,8 +6843,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
                 others_s += OTHERS_UNREAD * counts.unread * fitting_s
         first_s = read_s + FIRST_STEPS * paced_s
         cost_s = FIRST_WEIGHT * first_s + answer_s + others_s
-        if first_s > LONG_S:
-            over_s = first_s - LONG_S
+        if (over_s := first_s - LONG_S) > 0:
             long_s = LONG_WEIGHT * over_s * (1 + over_s if over_s < 1 else 2)
             cost_s += long_s
         if tokens > room:
