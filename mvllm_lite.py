@@ -16593,7 +16593,7 @@ def cluster_context(cluster: Cluster) -> ssl.SSLContext:
 
 
 class ApiServer(HttpClient):
-    """Its answers to a watch last for minutes."""
+    """A client of one API server, whose answers to a watch last for minutes."""
 
     def __init__(self, cluster: Cluster, begun: Callable[[], object]) -> None:
         super().__init__(ServerSettings(cluster.url))
@@ -16617,8 +16617,8 @@ class ApiServer(HttpClient):
 
 
 class Watch:
-    """Whenever its servers change, `changed` is called with the warnings that are new; `pools` are
-    those in the settings."""
+    """One watch as it runs.  Whenever its servers change, `changed` is called with the warnings
+    that are new; `pools` are those in the settings."""
 
     def __init__(
         self, what: Watched, pools: Collection[str], changed: Callable[[list[str]], object],
@@ -17700,7 +17700,7 @@ def zmq_open_line(s: Settings) -> str:
 # is the client's bytes with one member put in front.
 
 # By path, the members that end a prefill leg after one token.  `min_tokens` keeps that token from
-# ending the sequence, after which some connectors drop the blocks.
+# ending the sequence, after which some connectors drop the blocks.  To add a path: add a row.
 LEG_LIMITS = {
     **dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/messages"),
                     ("max_tokens", "min_tokens")),
@@ -17965,12 +17965,12 @@ class Connector:
     def prefill_leg(
         self, content: Content, shape: LegShape, shared: Shared
     ) -> tuple[Content, int | None]:
-        """The content, and the rank that it names, if any."""
+        """The content of a prefill leg, and the rank that it names, if any."""
         rank = (shared.prefill.rank or 0) if self.pins_rank else None
         return prefill_content(content, shape, self.prefill_params(shared)), rank
 
     def decode_leg(self, content: Content, shared: Shared, said: bytes) -> tuple[Content, bool]:
-        """The content, and whether it uses the prefill leg's blocks."""
+        """The content of a decode leg, and whether it uses the prefill leg's blocks."""
         if params := self.decode_params(shared, said):
             content = with_members(bytearray(content), {"kv_transfer_params": params})
         return content, bool(params) or self.paired_by_id
@@ -18060,13 +18060,13 @@ CONNECTORS: dict[str, Connector] = {
 
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
-    """Of a prefill server; `port` is for one that sets none."""
+    """The URL of a prefill server's bootstrap server; `port` is for a server that sets none."""
     host = in_url(host_of(server.url))
     return f"http://{host}:{server.bootstrap_port or port or MOONCAKE_PORT}"
 
 
 def engines_in(content: bytes) -> dict[str, str]:
-    """Engine ids by rank, from a bootstrap server; {} if it knows none yet."""
+    """The engine ids by rank in a bootstrap server's answer; {} if it knows none yet."""
     return {rank: row["engine_id"] for rank, row in document_of(content).items()
             if isinstance(row, dict) and isinstance(row.get("engine_id"), str)}
 
@@ -18906,7 +18906,7 @@ class Life:
     slept_s: float = 0.0  # without a sleep that goes on
 
     def tell(self, turn: Turn, now: float, reason: str = "") -> Phase:
-        """Returns the phase after the turn.  Raises ValueError if the table has none."""
+        """Take a turn, and return the phase after it.  Raises ValueError if the table has none."""
         if (new := TRANSITIONS.get((self.phase, turn))) is None:
             raise ValueError(f"it is {self.phase.value}, and cannot be what {turn.value}")
         old, lasted_s = self.phase, now - self.since
@@ -20008,7 +20008,7 @@ class Instance:
 
 
 class Agent:
-    """It calls `on_change` after each change of an instance."""
+    """The instances of this host.  It calls `on_change` after each change of one."""
 
     def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
         self.name, self._tasks = name, tasks
@@ -23136,7 +23136,7 @@ CANCEL = b"\x18"  # ends an unfinished escape sequence
 
 
 class ScreenProcess:
-    """In a process that is killed if it stops answering."""
+    """The screen on our terminal, in a process that is killed if it stops answering."""
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
@@ -23277,7 +23277,7 @@ async def answer_of(
 @SCREENS.append
 @contextlib.asynccontextmanager
 async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
-    """In place of log lines, for as long as the terminal works."""
+    """Show the screen in place of log lines, for as long as the terminal works."""
     if not in_foreground(1):
         yield
         return
@@ -24842,8 +24842,8 @@ Link = int | tuple[int]  # a chain's hash; or (number,): the rest of a request
 
 
 class KvCache:
-    """The tokens of running requests and, while there is room, idle links that another one may
-    need."""
+    """The tokens in a server's KV cache: those of running requests and, while there is room, idle
+    links that another request may need."""
 
     def __init__(self, room: int):
         self.room, self.used, self.spare = room, 0, 0
@@ -25321,7 +25321,7 @@ class Replay:
 
 
 class Summary(NamedTuple):
-    """Times are of answered requests."""
+    """A replay in numbers; times are of answered requests."""
 
     requests: int
     failed: int
@@ -26385,7 +26385,7 @@ ENGINE_GONE_S = 0.3  # after which its server follows; vLLM takes about 3 s
 
 
 class SimulatedVllm(SimulatedServer):
-    """It cannot sleep without `dev`, vLLM's developer mode."""
+    """The server in such a process.  It cannot sleep without `dev`, vLLM's developer mode."""
 
     def __init__(self, args: argparse.Namespace, dev: bool) -> None:
         super().__init__(
@@ -26804,7 +26804,7 @@ STREAM_TOKENS = 16
 
 
 async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
-    """Returns None if the stream did not end in time."""
+    """Time the tokens of a stream.  Returns None if it did not end in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}
     begun, came = clock_now().monotonic, []  # when, how many events
