@@ -54,7 +54,7 @@ lines.
     21  resumption     · whether another server can continue a stream; the join of the two
     22  engine load    · a server's reports about itself: its load, its models
 
-    IV  fleet            2,380 lines, for each request, check and scrape
+    IV  fleet            2,400 lines, for each request, check and scrape
     23  health         · whether a server can be asked, judged by checks and by how requests fared
     24  pace           · our requests at a server; how fast it reads and answers, as learned
     25  servers        · the view of each server: settings, health, report, what was learned, counts
@@ -6646,7 +6646,8 @@ class Roster:
 # prompt and those ahead, at most 1, and 0 if below 0.7.  Else servers that are all late would send
 # each other the prompts they have cached, and stay late for ever, and bursts of long prompts would
 # make the short answers between them late.  All of these numbers have been varied on a simulated
-# fleet, with workloads of all kinds: half and twice change little.
+# fleet, with workloads of all kinds: half and twice change little with most of them, and up to five
+# points of what is in time with a few.
 
 FIRST_WEIGHT = 4.0  # people mind waiting for the first token most,
 LONG_WEIGHT = 10.0  # and more and more over LONG_S, for another second
@@ -6661,7 +6662,7 @@ OTHERS_UNREAD = 2.0  # of each prompt that is read in the same step,
 STEP_TOKENS = 4096  # which has so many tokens: vLLM takes 2,048 to 8,192
 LATE_S = 15.0  # the cost of a late answer
 LATE_FROM, LATE_TO = 0.95, 1.02  # of slo_token as predicted: none is late here, all are there
-LATE_LONGER = 2.0  # late answers for each beside, per slo_token by which reading delays its tokens
+LATE_READING = 2.0  # late answers for each beside, per slo_token by which reading delays its tokens
 LATE_SHORT = 3.0  # the usual length of an answer over that of the short ones beside,
 LATE_POWER = 16  # which count with this power of the part of slo_token that their tokens take,
 LATE_NEAR = 0.7  # if that is more than this
@@ -6673,7 +6674,7 @@ class Estimate(NamedTuple):
 
     cost_s: float
     first_s: float  # waits included
-    long_s: float
+    long_s: float  # for what the first token takes over LONG_S without them
     answer_s: float
     others_s: float
     late_s: float
@@ -6726,12 +6727,12 @@ def lateness_s(
     """The cost of answers that are late because of one more request, with which a token of each
     takes `token_s`; its own `wait_s` more and, while it is read, the others' `beside_s`.  A token's
     time is proportional to `crowd` plus the requests."""
-    first_s, range_s = LATE_FROM * slo_s, (LATE_TO - LATE_FROM) * slo_s
-    before = (token_s * (1 - 1 / (crowd + running + 1)) - first_s) / range_s
+    from_s, range_s = LATE_FROM * slo_s, (LATE_TO - LATE_FROM) * slo_s
+    before = (token_s * (1 - 1 / (crowd + running + 1)) - from_s) / range_s
     if before >= 1:  # all are late, with and without it
         return LATE_S
-    own = min(1.0, max(0.0, (token_s + wait_s - first_s) / range_s))
-    others = min(1.0, max(0.0, (token_s + beside_s - first_s) / range_s)) - max(0.0, before)
+    own = min(1.0, max(0.0, (token_s + wait_s - from_s) / range_s))
+    others = min(1.0, max(0.0, (token_s + beside_s - from_s) / range_s)) - max(0.0, before)
     return LATE_S * (own + running * others)
 
 
@@ -6810,10 +6811,10 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
     mean, near_s = sum(eligible.in_flight) / len(eligible.views), LATE_NEAR * slo_s or INFINITY
     spread = length if length > OTHERS_TOKENS else OTHERS_TOKENS
-    late, short, in_time_s = OTHERS_TOKENS / spread, spread / LATE_SHORT, LATE_FROM * slo_s
+    delayed, short, in_time_s = OTHERS_TOKENS / spread, spread / LATE_SHORT, LATE_FROM * slo_s
     step_tokens, may_be_late = STEP_TOKENS, slo_s > 0
     if length <= 1:  # prefill: the requests there come first, and no answers run
-        mean, late, step_tokens, may_be_late = 0.0, 0.0, 0, False
+        mean, delayed, step_tokens, may_be_late = 0.0, 0.0, 0, False
     tried_at = now if tokens <= RETEST_TOKENS else -INFINITY
     kept, shares = conditions.of(eligible), eligible.slow_start
     out = []
@@ -6835,7 +6836,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         if soon > mean:
             soon = mean
         answer_s = length * answer_token_s
-        others_s = (OTHERS_MEAN * soon + late * running) * reading_s
+        others_s = (OTHERS_MEAN * soon + delayed * running) * reading_s
         if pending:
             read_s += pending * token_s
             if (left := step_tokens - pending) > 0:
@@ -6854,7 +6855,7 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         if (read_s > spare_s * short or wait_s) and may_be_late:
             beside_s = reading_s * stretch / spread
             near = (paced_s + read_s * stretch / short) / slo_s
-            late_s = LATE_S * LATE_LONGER * running * beside_s / slo_s
+            late_s = LATE_S * LATE_READING * running * beside_s / slo_s
             if near < 1:
                 late_s *= near**LATE_POWER
             if paced_s + beside_s > in_time_s or wait_s:
